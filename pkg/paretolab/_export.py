@@ -1,0 +1,2 @@
+class CppExport:
+    def __call__(self, cell): pass
