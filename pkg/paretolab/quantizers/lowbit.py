@@ -47,7 +47,7 @@ def _blocks(shape, bits, group):
         if type(b) not in (int, float) or b not in LEVELS: raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} bits (got {b!r})")
     return {b: shape[1] * bits.count(b) // len(bits) for b in sorted(set(bits))}
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #c23509a5
+# %% ../../../nbs/quantizers/lowbit.ipynb #ea513142
 _SCALES = torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn
 _ZEROS = torch.float16, torch.bfloat16, torch.float32
 
@@ -56,6 +56,7 @@ def _part(name, t, dtypes, shape, finite=True):
         raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)} of shape {tuple(shape)} (got {str(t.dtype)[6:]} of shape {tuple(t.shape)})")
     if finite and (bad := int((~t.float().isfinite()).sum())): raise ValueError(f"{name} must be finite (got {bad} of {t.numel()} NaN or infinite)")
 
+# %% ../../../nbs/quantizers/lowbit.ipynb #24aeb1a0
 def _check(q):
     (rows, columns), blocks = q.shape, _blocks(q.shape, q.bits, q.group)
     if not len(blocks) == len(q.packed) == len(q.grid): raise ValueError(f"{len(blocks)} widths need as many blocks of codes and grids (got {len(q.packed)} and {len(q.grid)})")
@@ -68,7 +69,7 @@ def _check(q):
         _part("perm", q.perm, (torch.int32,), (columns,), finite=False)
         if not torch.equal(q.perm.sort().values, torch.arange(columns)): raise ValueError(f"perm must hold each of the {columns} columns once")
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #bb69bc58
+# %% ../../../nbs/quantizers/lowbit.ipynb #a4c235fe
 @dataclass(frozen=True, eq=False, repr=False)
 class LowBit:
     "A matrix as codes, scales and grid: value = scale × grid[code] (+ zero)."
@@ -95,12 +96,12 @@ class LowBit:
         "Bytes of all parts: what a file holds but for its header."
         return sum(t.nbytes for t in self.parts.values())
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #371e5954
+# %% ../../../nbs/quantizers/lowbit.ipynb #73aa141e
 def _columns(bits, b, group):
     "Stored columns of width `b`: a mask, or everything where there is one width."
     return torch.tensor(bits).eq(b).repeat_interleave(group) if isinstance(bits, tuple) else slice(None)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #fee3a55d
+# %% ../../../nbs/quantizers/lowbit.ipynb #1159f0d1
 @patch(cls_method=True)
 def pack(cls:LowBit,
     codes:Tensor, # integers 0 … levels-1, (rows, columns), in stored order
@@ -120,12 +121,12 @@ def pack(cls:LowBit,
     if grids.keys() != blocks.keys(): raise ValueError(f"each width needs a grid: {list(blocks)} (got grids for {list(grids)})")
     for b in blocks:
         c = codes[:, _columns(bits, b, group)]
-        if c.numel() and not 0 <= c.min() <= c.max() < len(grids[b]):
-            raise ValueError(f"codes point into a grid of {len(grids[b])} levels (got codes from {c.min()} to {c.max()})")
+        lo, hi = map(int, c.aminmax()) if c.numel() else (0, 0)
+        if not 0 <= lo <= hi < max(len(grids[b]), 1): raise ValueError(f"codes point into a grid of {len(grids[b])} levels (got codes from {lo} to {hi})")
         packed.append(pack_bits(c, b))
     return cls(tuple(packed), scales, tuple(grids[b] for b in blocks), shape, bits, group, zeros, perm)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #cd6fa71d
+# %% ../../../nbs/quantizers/lowbit.ipynb #ce3e9391
 @patch
 def codes(self:LowBit)->Tensor: # uint8, (rows, columns), in stored order
     "Unpack the logical codes."
@@ -133,12 +134,12 @@ def codes(self:LowBit)->Tensor: # uint8, (rows, columns), in stored order
     if not out.numel(): return out
     for (b, n), p, Q in zip(_blocks(self.shape, self.bits, self.group).items(), self.packed, self.grid):
         c = unpack(p, b, n)
-        if c.max() >= len(Q) or b == 1.58 and p.max() >= 3**5:
-            raise ValueError(f"codes of {b:g} bits must be below {len(Q)}, the levels of their grid (got {c.max() if c.max() >= len(Q) else f'a byte of {p.max()}, above 242'})")
+        if (top := int(c.max())) >= len(Q): raise ValueError(f"codes of {b:g} bits must be below {len(Q)}, the levels of their grid (got {top})")
+        if b == 1.58 and (top := int(p.max())) >= 3**5: raise ValueError(f"a byte of five ternary codes is at most {3**5 - 1} (got {top})")
         out[:, _columns(self.bits, b, self.group)] = c
     return out
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #f49166c0
+# %% ../../../nbs/quantizers/lowbit.ipynb #cba972e9
 @patch
 def dequantize(self:LowBit,
     dtype:torch.dtype=torch.float32, # of the result; the arithmetic is float32
@@ -155,7 +156,7 @@ def dequantize(self:LowBit,
     if self.perm is not None: ŵ = ŵ[:, self.perm.argsort()]
     return ŵ.to(dtype)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #d567a684
+# %% ../../../nbs/quantizers/lowbit.ipynb #b1aef645
 def save(
     path:str|Path, # file to write
     tensors:dict[str,LowBit|Tensor], # by name
@@ -178,7 +179,7 @@ def save(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #79721041
+# %% ../../../nbs/quantizers/lowbit.ipynb #e0db8e8f
 def _build(m, take):
     "A low-bit tensor from its metadata `m` and `take(part) -> stored tensor`."
     keys = "version", "layout", "shape", "bits", "group", "zeros", "perm"
@@ -190,7 +191,7 @@ def _build(m, take):
     return LowBit(tuple(take(f"codes.{b:g}") for b in bs), take("scales"), tuple(take(f"grid.{b:g}") for b in bs),
         shape, bits, m["group"], take("zeros") if m["zeros"] else None, take("perm") if m["perm"] else None)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #92175371
+# %% ../../../nbs/quantizers/lowbit.ipynb #cc850c44
 def load(
     path:str|Path, # file written by `save`
 )->tuple[dict[str,LowBit|Tensor],dict[str,str]]: # tensors by name, and the caller's metadata
