@@ -48,7 +48,7 @@ def test_values_follow_the_equation(made):
 @settings(max_examples=60, deadline=None)
 def test_files_are_exact(tmp_path_factory, made):
     path = tmp_path_factory.mktemp("f") / "m.safetensors"
-    old = {f"block.{i}.weight": m[0] for i, m in enumerate(made)} | {"norm": torch.randn(7).bfloat16()}
+    old = {f"block.{i}.weight": m[0] for i, m in enumerate(made)} | {"norm": torch.randn(3, 7).bfloat16().T}
     save(path, old, {"k": "v"})
     new, meta = load(path)
     assert meta == {"k": "v"} and new.keys() == old.keys() and same(new["norm"], old["norm"])
@@ -130,6 +130,17 @@ def test_no_damage_escapes_as_another_exception(tmp_path_factory, data):
 def test_codes_without_a_level_are_refused(bits, byte, sentence):
     q = LowBit(tuple([torch.tensor([[byte]], dtype=torch.uint8)]), torch.ones(1, 1).half(), (torch.arange(3. if byte == 243 else 2.),), (1, 2), bits, 2)
     with pytest.raises(ValueError, match=sentence): q.codes()
+
+
+def test_blocks_are_narrowest_first():
+    q = LowBit.pack(torch.ones(1, 3, dtype=torch.int), torch.ones(1, 3).half(), {b: torch.ones(2) for b in (8, 1, 1.58)}, (8, 1.58, 1), 1)
+    assert list(q.parts) == ["codes.1", "codes.1.58", "codes.8", "grid.1", "grid.1.58", "grid.8", "scales"]
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "m" / "full").mkdir(parents=True)
+    with pytest.raises(OSError): save(tmp_path / "m", {"w": small()})
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_loading_maps_the_file(tmp_path):

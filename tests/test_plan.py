@@ -61,7 +61,7 @@ def test_compress_leaves_the_model_alone_and_shares_nothing_with_it():
 
 
 @pytest.mark.parametrize("name", ["absmax", "absmax.", ".quantize", "absmax.quantize.x", "../absmax.quantize", "absmax.quantize\n", "absmax.__doc__", "_x.quantize", "os.system", "absmax.LowBit",
-    "absmax._round", "lowbit.LEVELS", "lowbit.load", "plan.restore", "é.quantize", None, 3])
+    "absmax._round", "absmax.nothing", "lowbit.LEVELS", "lowbit.load", "plan.restore", "é.quantize", None, 3])
 def test_resolve_refuses_all_but_quantizers(name):
     with pytest.raises(ValueError, match="got"): resolve(name)
 

@@ -18,11 +18,13 @@ def _up16(
     h = x.half()
     return torch.where(h.float() < x, (h.view(torch.int16) + 1).view(torch.float16), h)
 
-# %% ../../../nbs/quantizers/absmax.ipynb #0068ba59
+# %% ../../../nbs/quantizers/absmax.ipynb #22a79bd6
 def _round(w, bits, group):
     "Codes from -n to n (float32) and steps (float16), both with a column of groups: (R, C/g, g) and (R, C/g)."
-    if bits in (1, 1.58): raise ValueError(f"absmax keeps a level at zero and one each side, so it starts at 2 bits (got {bits=}); for 1 and 1.58 bits see quantizers.grids")
-    if bits not in (2, 3, 4, 6, 8): raise ValueError(f"absmax rounds to 2, 3, 4, 6 or 8 bits (got {bits=}); to keep 16, leave the matrix out or let a plan say 16")
+    if bits in (1, 1.58):
+        raise ValueError(f"absmax keeps a level at zero and one each side, so it starts at 2 bits (got {bits=}); for 1 and 1.58 bits see quantizers.grids")
+    if bits not in (2, 3, 4, 6, 8):
+        raise ValueError(f"absmax rounds to 2, 3, 4, 6 or 8 bits (got {bits=}); to keep 16, leave the matrix out or let a plan say 16")
     if w.ndim != 2 or not w.is_floating_point(): raise ValueError(f"absmax takes a matrix of floats (got {w.dtype} of shape {tuple(w.shape)})")
     R, C = w.shape
     g = group or max(C, 1)
@@ -31,7 +33,8 @@ def _round(w, bits, group):
     Δ = _up16(w.abs().amax(-1) / n)
     if not Δ.isfinite().all():
         bad = int((~w.isfinite()).sum())
-        raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite" if bad else f"the largest weight, {w.abs().max():.4g}, needs a step above 65504, the largest 16-bit float")
+        if bad: raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite")
+        raise ValueError(f"the largest weight, {w.abs().max():.4g}, needs a step above 65504, the largest 16-bit float")
     return (w / Δ.float().clamp_min(2**-24)[..., None]).round(), Δ
 
 # %% ../../../nbs/quantizers/absmax.ipynb #abe859bd

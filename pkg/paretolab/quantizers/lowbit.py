@@ -33,7 +33,7 @@ def pack_bits(
     d = pad(d, (0, n*k - d.shape[1])).view(len(d), n, k)
     return (d * torch.tensor([B**j for j in range(k)], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #a17692bb
+# %% ../../../nbs/quantizers/lowbit.ipynb #3b47ff46
 def _blocks(shape, bits, group):
     "Columns stored at each width, narrowest first: `{width: columns}`."
     if not (isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in shape)):
@@ -41,25 +41,28 @@ def _blocks(shape, bits, group):
     if type(group) is not int or group < 1 or shape[1] % group:
         raise ValueError(f"a group must divide the columns, so that every scale covers the same number of weights (got {group=} for {shape[1]} columns)")
     groups = shape[1] // group
-    if isinstance(bits, tuple) and len(bits) != groups: raise ValueError(f"mixed widths need one width per group (got {len(bits)} for {groups} groups)")
+    if isinstance(bits, tuple) and len(bits) != groups:
+        raise ValueError(f"mixed widths need one width per group (got {len(bits)} for {groups} groups)")
     bits = bits if isinstance(bits, tuple) else (bits,)
     for b in bits:
         if type(b) not in (int, float) or b not in LEVELS: raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} bits (got {b!r})")
     return {b: shape[1] * bits.count(b) // len(bits) for b in sorted(set(bits))}
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #ea513142
+# %% ../../../nbs/quantizers/lowbit.ipynb #2371a3c1
 _SCALES = torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn
 _ZEROS = torch.float16, torch.bfloat16, torch.float32
 
 def _part(name, t, dtypes, shape, finite=True):
     if t.dtype not in dtypes or t.shape != shape:
-        raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)} of shape {tuple(shape)} (got {str(t.dtype)[6:]} of shape {tuple(t.shape)})")
+        kinds = " or ".join(str(d)[6:] for d in dtypes)
+        raise ValueError(f"{name} must be {kinds} of shape {tuple(shape)} (got {str(t.dtype)[6:]} of shape {tuple(t.shape)})")
     if finite and (bad := int((~t.float().isfinite()).sum())): raise ValueError(f"{name} must be finite (got {bad} of {t.numel()} NaN or infinite)")
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #24aeb1a0
+# %% ../../../nbs/quantizers/lowbit.ipynb #8b2c5edd
 def _check(q):
     (rows, columns), blocks = q.shape, _blocks(q.shape, q.bits, q.group)
-    if not len(blocks) == len(q.packed) == len(q.grid): raise ValueError(f"{len(blocks)} widths need as many blocks of codes and grids (got {len(q.packed)} and {len(q.grid)})")
+    if not len(blocks) == len(q.packed) == len(q.grid):
+        raise ValueError(f"{len(blocks)} widths need as many blocks of codes and grids (got {len(q.packed)} and {len(q.grid)})")
     for (b, n), p, Q in zip(blocks.items(), q.packed, q.grid):
         _part(f"codes.{b:g}", p, (torch.uint8,), (rows, row_bytes(b, n)), finite=False)
         _part(f"grid.{b:g}", Q, (torch.float32,), (min(max(Q.numel(), 1), LEVELS[b]),))
@@ -69,7 +72,7 @@ def _check(q):
         _part("perm", q.perm, (torch.int32,), (columns,), finite=False)
         if not torch.equal(q.perm.sort().values, torch.arange(columns)): raise ValueError(f"perm must hold each of the {columns} columns once")
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #a4c235fe
+# %% ../../../nbs/quantizers/lowbit.ipynb #39dff691
 @dataclass(frozen=True, eq=False, repr=False)
 class LowBit:
     "A matrix as codes, scales and grid: value = scale × grid[code] (+ zero)."
@@ -88,7 +91,8 @@ class LowBit:
     @property
     def parts(self)->dict[str,Tensor]: # name in a file -> stored tensor
         "Everything that is stored."
-        named = {f"{part}.{b:g}": t for part, ts in (("codes", self.packed), ("grid", self.grid)) for b, t in zip(_blocks(self.shape, self.bits, self.group), ts)}
+        widths = _blocks(self.shape, self.bits, self.group)
+        named = {f"{part}.{b:g}": t for part, ts in (("codes", self.packed), ("grid", self.grid)) for b, t in zip(widths, ts)}
         return named | {k: t for k in ("scales", "zeros", "perm") if (t := getattr(self, k)) is not None}
 
     @property
@@ -101,7 +105,7 @@ def _columns(bits, b, group):
     "Stored columns of width `b`: a mask, or everything where there is one width."
     return torch.tensor(bits).eq(b).repeat_interleave(group) if isinstance(bits, tuple) else slice(None)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #1159f0d1
+# %% ../../../nbs/quantizers/lowbit.ipynb #a1644d37
 @patch(cls_method=True)
 def pack(cls:LowBit,
     codes:Tensor, # integers 0 … levels-1, (rows, columns), in stored order
@@ -122,7 +126,8 @@ def pack(cls:LowBit,
     for b in blocks:
         c = codes[:, _columns(bits, b, group)]
         lo, hi = map(int, c.aminmax()) if c.numel() else (0, 0)
-        if not 0 <= lo <= hi < max(len(grids[b]), 1): raise ValueError(f"codes point into a grid of {len(grids[b])} levels (got codes from {lo} to {hi})")
+        if not 0 <= lo <= hi < max(len(grids[b]), 1):
+            raise ValueError(f"codes point into a grid of {len(grids[b])} levels (got codes from {lo} to {hi})")
         packed.append(pack_bits(c, b))
     return cls(tuple(packed), scales, tuple(grids[b] for b in blocks), shape, bits, group, zeros, perm)
 
@@ -156,7 +161,7 @@ def dequantize(self:LowBit,
     if self.perm is not None: ŵ = ŵ[:, self.perm.argsort()]
     return ŵ.to(dtype)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #b1aef645
+# %% ../../../nbs/quantizers/lowbit.ipynb #f773c462
 def save(
     path:str|Path, # file to write
     tensors:dict[str,LowBit|Tensor], # by name
@@ -165,7 +170,8 @@ def save(
     "Write low-bit and plain tensors to one safetensors file."
     parts, meta = {}, dict(metadata or {})
     for k, v in meta.items():
-        if k.startswith("lowbit:") or not isinstance(v, str): raise ValueError(f"metadata are strings under keys that do not start with lowbit: (got {k!r}: {v!r})")
+        if k.startswith("lowbit:") or not isinstance(v, str):
+            raise ValueError(f"metadata are strings under keys that do not start with lowbit: (got {k!r}: {v!r})")
     for name, t in tensors.items():
         if not isinstance(t, (LowBit, Tensor)): raise ValueError(f"{name} must be a LowBit or a Tensor (got {type(t).__name__})")
         new = {f"{name}.{k}": v for k, v in t.parts.items()} if isinstance(t, LowBit) else {name: t}
@@ -179,13 +185,16 @@ def save(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #e0db8e8f
+# %% ../../../nbs/quantizers/lowbit.ipynb #8ee6d60d
 def _build(m, take):
     "A low-bit tensor from its metadata `m` and `take(part) -> stored tensor`."
     keys = "version", "layout", "shape", "bits", "group", "zeros", "perm"
-    if not isinstance(m, dict) or set(m) != set(keys): raise ValueError(f"its metadata must hold {', '.join(keys)} (got {', '.join(m) if isinstance(m, dict) else m!r})")
-    if m["layout"] != "plain" or m["version"] != 1: raise ValueError(f"this reader knows layout plain, version 1 (got {m['layout']!r}, version {m['version']!r})")
-    if not all(type(m[k]) is bool for k in ("zeros", "perm")): raise ValueError(f"zeros and perm must be true or false (got {m['zeros']!r}, {m['perm']!r})")
+    if not isinstance(m, dict) or set(m) != set(keys):
+        raise ValueError(f"its metadata must hold {', '.join(keys)} (got {', '.join(m) if isinstance(m, dict) else m!r})")
+    if m["layout"] != "plain" or m["version"] != 1:
+        raise ValueError(f"this reader knows layout plain, version 1 (got {m['layout']!r}, version {m['version']!r})")
+    if not all(type(m[k]) is bool for k in ("zeros", "perm")):
+        raise ValueError(f"zeros and perm must be true or false (got {m['zeros']!r}, {m['perm']!r})")
     shape, bits = (tuple(m[k]) if isinstance(m[k], list) else m[k] for k in ("shape", "bits"))
     bs = _blocks(shape, bits, m["group"])
     return LowBit(tuple(take(f"codes.{b:g}") for b in bs), take("scales"), tuple(take(f"grid.{b:g}") for b in bs),

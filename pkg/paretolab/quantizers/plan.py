@@ -33,9 +33,10 @@ def resolve(
         raise ValueError(f"{full} has no function of (w, bits, group) with that name; it exports {', '.join(m.__all__)} (got {name!r})")
     return f
 
-# %% ../../../nbs/quantizers/plan.ipynb #ce1eb0d9
+# %% ../../../nbs/quantizers/plan.ipynb #b841aa57
 def _price(shape, bits, group, quantizer):
-    if type(bits) not in (int, float) or bits not in (*LEVELS, 16): raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} or 16 bits (got {bits!r})")
+    if type(bits) not in (int, float) or bits not in (*LEVELS, 16):
+        raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} or 16 bits (got {bits!r})")
     f = resolve(quantizer)
     if bits == 16: return 2 * prod(shape)
     one, two = (f(torch.zeros(r, shape[1]), bits, group) for r in (1, 2))
@@ -82,10 +83,11 @@ def uniform(
     _prices(plan, {n: p.shape for n, p in model.named_parameters()})
     return plan
 
-# %% ../../../nbs/quantizers/plan.ipynb #ed6868b2
+# %% ../../../nbs/quantizers/plan.ipynb #2fe548a7
 def _half(t):
     h = t.to(torch.float16, copy=True) if t.is_floating_point() else t.clone()
-    if t.is_floating_point() and not h.isfinite().all(): raise ValueError(f"what is not quantized is kept in 16-bit floats, and its largest value, {t.abs().max():.4g}, does not fit")
+    if t.is_floating_point() and not h.isfinite().all():
+        raise ValueError(f"what is not quantized is kept in 16-bit floats, and its largest value, {t.abs().max():.4g}, does not fit")
     return h
 
 # %% ../../../nbs/quantizers/plan.ipynb #fc112f2e
