@@ -83,3 +83,10 @@ def test_restore_changes_nothing_when_it_refuses():
     for bad, sentence in cases:
         with pytest.raises(ValueError, match=sentence): restore(net, bad)
         assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("bits, embed_bits, megabytes", [(16, 16, 249.3), (8, 8, 128.8), (4, 8, 75.5), (2, 4, 39.7)])
+def test_mobilellm_125m_costs_what_the_page_says(bits, embed_bits, megabytes):
+    from paretolab.models.mobilellm import MobileLLM, mobilellm
+    with torch.device("meta"): model = MobileLLM(mobilellm("125M"))
+    assert round(model_bytes(uniform(model, bits, 64, embed_bits=embed_bits), shapes(model)) / 1e6, 1) == megabytes
