@@ -26,7 +26,7 @@ def _trained(text, train, sizes=(2**14, 2**16, 2**18, 2**20)):
     dictionaries = (zstd.train_dictionary(s, pieces, k=256, d=8).as_bytes() for s in sizes if 3*s <= len(train))
     return min([_zstd(text), *(_zstd(text, d) for d in dictionaries)])
 
-# %% ../../../nbs/frontier/references.ipynb #264389ea
+# %% ../../../nbs/frontier/references.ipynb #52614b77
 def compressors(
     train:dict[str,bytes], # domain -> training text
     valid:dict[str,bytes], # domain -> validation text
@@ -39,7 +39,7 @@ def compressors(
     sizes = {"xz": lambda d: xz(valid[d]),
              "zstd -19": lambda d: _zstd(valid[d]),
              "zstd -19, trained dictionary": lambda d: _trained(valid[d], train[d]),
-             "zstd -19, training text as dictionary": lambda d: _zstd(valid[d], train[d], raw=True)}
+             "zstd -19 after training text": lambda d: _zstd(valid[d], train[d], raw=True)}
     return {name: {d: 8*size(d)/len(valid[d]) for d in valid} for name,size in sizes.items()}
 
 # %% ../../../nbs/frontier/references.ipynb #31cff484
