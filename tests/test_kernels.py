@@ -15,6 +15,11 @@ def cache(tmp_path, monkeypatch):
     yield tmp_path/"cache"
     native.load.cache_clear()
 
+def answer(source):
+    "Load in a process of its own: this one may still hold an older library of the same name."
+    run = f"from paretolab.kernels import native; print(native.load({str(source)!r}).answer())"
+    return subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout
+
 def toy(folder, text='extern "C" int answer() { return 42; }\n'):
     (folder/"toy.cpp").write_text(text)
     return folder/"toy.cpp"
@@ -25,9 +30,7 @@ def test_a_second_process_builds_nothing(cache, tmp_path):
     assert native.load(source).answer() == 42
     file, = cache.glob("*.so")
     made = file.stat().st_mtime_ns
-    run = f"from paretolab.kernels import native; print(native.load({str(source)!r}).answer())"
-    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
-    assert done.stdout == "42\n" and file.stat().st_mtime_ns == made and list(cache.iterdir()) == [file]
+    assert answer(source) == "42\n" and file.stat().st_mtime_ns == made and list(cache.iterdir()) == [file]
 
 @compiler
 def test_processes_that_build_at_once_all_get_it(cache, tmp_path):
@@ -42,14 +45,13 @@ def test_processes_that_build_at_once_all_get_it(cache, tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"\x7fELF", None, "flip"], ids=["empty", "cut", "missing", "one bit"])
 def test_a_damaged_file_is_built_again(cache, tmp_path, damage):
     source = toy(tmp_path)
-    native.load(source)
+    answer(source)
     file, = cache.glob("*.so")
     whole = file.read_bytes()
-    file.unlink()                                                       # never written in place: it is mapped here
+    file.unlink()
     if damage == "flip": damage = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
     if damage is not None: file.write_bytes(damage)
-    native.load.cache_clear()
-    assert native.load(source).answer() == 42
+    assert answer(source) == "42\n"
     assert all(native.find(cache, f.stem.rpartition("-")[0]) == f for f in cache.glob("*.so"))
 
 @compiler
@@ -141,7 +143,7 @@ def test_what_does_not_fit_is_refused(form, shape, dtype, bits, columns, error, 
 @compiler
 def test_writes_nothing_beyond_its_rows(cache):
     lib = native.load("unpack.cpp")
-    for b, columns in [(1, 13), (3, 11), (6, 5), (0, 7), (8, 3)]:
+    for b, columns in [(1, 13), (3, 11), (6, 5), (0, 9), (8, 3)]:
         m = unpack.row_bytes(b or 1.58, columns)
         packed, out = torch.full((2, m), 255, dtype=torch.uint8), torch.full((2*columns + 64,), 77, dtype=torch.uint8)
         lib.unpack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(out[32:].data_ptr()), *map(ctypes.c_int64, (2, m, columns)), b)
