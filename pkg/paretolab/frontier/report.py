@@ -169,7 +169,7 @@ def _data(points, references, note):
         views=[_view(points, references, d, d or "mean of domains") for d in (None, *ds)], domains=["mean", *ds], bpb=[[name, ref, [macro(b), *(b[d] for d in ds)]] for name,ref,b in rows])
     return json.dumps(data, allow_nan=False, default=float).replace("<", "\\u003c")
 
-# %% ../../../nbs/frontier/report.ipynb #dc202d0d
+# %% ../../../nbs/frontier/report.ipynb #bb174011
 _css = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#1d2430;--soft:#5d6776;--line:#e1e5ea;--accent:#d1495b;--good:61,143,209;--bad:224,138,46}
 @media(prefers-color-scheme:dark){:root{--bg:#0e1218;--card:#161b24;--ink:#e8ebf0;--soft:#98a2b3;--line:#2a3240}}
@@ -187,7 +187,7 @@ input[type=range]{accent-color:var(--accent);width:180px}
 #chart{height:500px}#lines{display:none;font-size:13px}
 .scroll{overflow-x:auto;margin:8px -20px 0;padding:0 20px;position:relative}
 table{border-collapse:separate;border-spacing:0;font-size:13.5px;font-variant-numeric:tabular-nums;white-space:nowrap;width:100%}
-th,td{text-align:right;padding:7px 10px;border-bottom:1px solid var(--line)}
+th,td{text-align:right;padding:7px 9px;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left;position:sticky;left:-20px;background:var(--card);z-index:1;max-width:300px;overflow:hidden;text-overflow:ellipsis}
 th button{font:inherit;color:var(--soft);background:none;border:0;padding:0;cursor:pointer}th button:hover,th[aria-sort] button{color:var(--ink)}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
@@ -196,7 +196,7 @@ tr.best td:first-child{box-shadow:inset 3px 0 var(--accent);font-weight:600}tr.c
 @media(max-width:640px){main{padding:20px 12px}section{padding:14px 12px}.scroll{margin:8px -12px 0;padding:0 12px}th:first-child,td:first-child{left:-12px;max-width:150px}#chart{height:440px}#lines{display:block}h1{font-size:22px}}
 """
 
-# %% ../../../nbs/frontier/report.ipynb #ca8fe9e3
+# %% ../../../nbs/frontier/report.ipynb #d4b2b6a5
 _js_chart = """
 const D = JSON.parse(document.getElementById('data').textContent), $ = id => document.getElementById(id)
 const make = (tag, text, cls) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (cls) e.className = cls; return e }
@@ -207,6 +207,7 @@ function draw() {
   const f = JSON.parse(JSON.stringify(view.figure)), L = f.layout, narrow = innerWidth < 640, clear = 'rgba(0,0,0,0)'
   Object.assign(L, {paper_bgcolor: clear, plot_bgcolor: clear, autosize: true, font: {family: 'system-ui, sans-serif', color: color('--ink'), size: narrow ? 11 : 13}})
   for (const a of [L.xaxis, L.yaxis]) Object.assign(a, {gridcolor: color('--line'), linecolor: color('--line')})
+  L.modebar = {bgcolor: clear, color: color('--soft'), activecolor: color('--ink')}
   L.hoverlabel = {align: 'left', bgcolor: color('--card'), bordercolor: color('--line'), font: {color: color('--ink'), size: 12}}
   L.annotations.pop()
   for (const a of [L.xaxis, L.yaxis]) a.title.font = {size: narrow ? 11 : 13, color: color('--soft')}
@@ -214,7 +215,7 @@ function draw() {
   L.margin = {l: narrow ? 45 : 60, r: narrow ? 10 : 235, t: narrow ? 90 : 40, b: 50}
   if (narrow) L.annotations.forEach((a, i) => Object.assign(a, {text: view.lines[i][1].toFixed(2), x: 1, xanchor: 'right', yanchor: 'bottom', yshift: -2}))
   $('lines').textContent = 'Dotted: ' + view.lines.map(([name, q]) => `${q.toFixed(2)} ${name}`).join(' · ')
-  Plotly.react('chart', f.data, L, {responsive: true, displaylogo: false, displayModeBar: narrow ? false : 'hover'})
+  Plotly.react('chart', f.data, L, {responsive: true, displaylogo: false, displayModeBar: !narrow && 'hover', modeBarButtons: [['toImage', 'zoom2d', 'pan2d', 'resetScale2d']]})
 }
 """
 
