@@ -1,5 +1,5 @@
 """Building kernels under faults and from two processes at once, and unpacking on grids of shapes."""
-import ctypes, shutil, subprocess, sys, warnings
+import ctypes, random, shutil, subprocess, sys, time, warnings
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -40,6 +40,25 @@ def test_processes_that_build_at_once_all_get_it(cache, tmp_path):
     assert [c.communicate()[0] for c in children] == ["42\n"]*6
     assert all(native.find(cache, f.stem.rpartition("-")[0]) for f in cache.glob("*.so"))
     assert not [p for p in cache.iterdir() if p.is_dir()]               # no scratch folder is left
+
+@compiler
+@pytest.mark.soak
+def test_builders_killed_at_any_moment_leave_a_usable_cache(cache, tmp_path, record_property):
+    random.seed(0)
+    rounds, killed = 60, 0
+    for n in range(rounds):
+        source = toy(tmp_path, f'extern "C" int answer() {{ return {n}; }}\n')
+        run = f"from paretolab.kernels import native; native.load({str(source)!r})"
+        children = [subprocess.Popen([sys.executable, "-c", run]) for _ in range(3)]
+        for child in children:
+            time.sleep(random.uniform(0, 0.3))
+            child.kill()
+            killed += child.wait() != 0
+        assert answer(source) == f"{n}\n"
+        assert all(native.find(cache, f.stem.rpartition("-")[0]) for f in cache.glob("*.so"))
+    record_property("rounds", rounds)
+    record_property("killed", killed)
+    assert killed
 
 @compiler
 @pytest.mark.parametrize("damage", [b"", b"\x7fELF", None, "flip"], ids=["empty", "cut", "missing", "one bit"])
