@@ -50,8 +50,8 @@ def test_builders_killed_at_any_moment_leave_a_usable_cache(cache, tmp_path, rec
         source = toy(tmp_path, f'extern "C" int answer() {{ return {n}; }}\n')
         run = f"from paretolab.kernels import native; native.load({str(source)!r})"
         children = [subprocess.Popen([sys.executable, "-c", run]) for _ in range(3)]
+        time.sleep(random.uniform(0, 0.4))
         for child in children:
-            time.sleep(random.uniform(0, 0.3))
             child.kill()
             killed += child.wait() != 0
         assert answer(source) == f"{n}\n"

@@ -1,5 +1,5 @@
 """Every page runs from top to bottom, offline and in a copy, and draws its figures. Two pages run at a time."""
-import json, os, re, shutil, sys
+import json, os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
