@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['train_tokenizer', 'tokenizer', 'token_bytes', 'build', 'Tokens']
 
-# %% ../../../nbs/data/tokens.ipynb #089a236d
-import hashlib, json, os
+# %% ../../../nbs/data/tokens.ipynb #6f51e7fa
+import hashlib, json, os, weakref
 from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
@@ -94,7 +94,7 @@ def build(
     for domain,ds in corpus.items(): _build_domain(domain, ds, tok, folder, chunk)
     return {d: Tokens(folder/f"{d}.tokens") for d in corpus}
 
-# %% ../../../nbs/data/tokens.ipynb #cbfa39ad
+# %% ../../../nbs/data/tokens.ipynb #e70554f3
 class Tokens:
     "The tokens of one domain, on disk."
     def __init__(self,
@@ -106,11 +106,10 @@ class Tokens:
         if self.dtype not in (np.uint16, np.uint32): raise ValueError(f"{record}: tokens are uint16 or uint32 (got {self.dtype}); build the tokens again")
         try: self.fd = os.open(self.path, os.O_RDONLY)
         except OSError as e: raise ValueError(f"{self.path} cannot be read: {e.strerror}; build the tokens again") from None
+        weakref.finalize(self, os.close, self.fd)
         if (size := os.fstat(self.fd).st_size) != self.n*self.dtype.itemsize:
             raise ValueError(f"{self.path} should hold {self.n} tokens in {self.n*self.dtype.itemsize} bytes (got {size}); build the tokens again")
     def __len__(self): return self.n
-    def __del__(self):
-        if hasattr(self, "fd"): os.close(self.fd)
     def read(self,
         start:int, # first token
         n:int, # how many

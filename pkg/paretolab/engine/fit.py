@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #302ad761
+# %% ../../../nbs/engine/fit.ipynb #69acc14d
 import json, math, os, time, warnings
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .commits import commit, latest
 
 # %% ../../../nbs/engine/fit.ipynb #ff8357be
@@ -104,7 +104,7 @@ def _step(step, model, stream, optimizer, hooks, accumulate, clip):
     optimizer.zero_grad()
     return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=stream.weights), good
 
-# %% ../../../nbs/engine/fit.ipynb #268052fc
+# %% ../../../nbs/engine/fit.ipynb #d5a7f000
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place
     stream, # a `MixedStream`
@@ -124,7 +124,7 @@ def fit(
     run, records, lr = Path(run), [], [g["lr"] for g in optimizer.param_groups]
     counts = _unpack(saved, model, optimizer, stream, hooks) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
-    with _log(run/"log.jsonl", counts["step"]) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1) as bar:
+    with _log(run/"log.jsonl", counts["step"]) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=None) as bar:
         for step in range(counts["step"], steps):
             for g,r in zip(optimizer.param_groups, lr): g["lr"] = r*schedule(step)
             record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)

@@ -8,7 +8,7 @@ __all__ = ['Shape', 'mobilellm']
 # %% ../../../nbs/models/shape.ipynb #afe4f409
 from dataclasses import dataclass, fields, replace
 
-# %% ../../../nbs/models/shape.ipynb #7ecb7058
+# %% ../../../nbs/models/shape.ipynb #9f68a466
 @dataclass(frozen=True)
 class Shape:
     "The shape of a MobileLLM decoder."
@@ -18,7 +18,7 @@ class Shape:
     layers:int=10      # blocks, L
     heads:int=6        # attention heads, h
     kv_heads:int=2     # key-value heads, h_k
-    context:int=256    # longest sequence, in tokens
+    context:int=512    # longest sequence, in tokens
     theta:float=1e4    # base of the rotary angles
     eps:float=1e-5     # added to the mean square in RMSNorm
     repeat:int=1       # times each block is called in a row
