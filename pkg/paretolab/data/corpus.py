@@ -41,24 +41,30 @@ def _decode(path, raw):
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8: byte {raw[e.start]:#04x} at offset {e.start}; convert it (for example with iconv) or leave it out") from None
 
-# %% ../../../nbs/data/corpus.ipynb #55cd85a5
+# %% ../../../nbs/data/corpus.ipynb #d983fa37
 def _row(path, n, line):
     try: row = json.loads(line)
     except json.JSONDecodeError as e: raise ValueError(f"{path} line {n} is not JSON ({e.msg} at column {e.colno}); a .jsonl file holds one object a line") from None
+    except RecursionError: raise ValueError(f"{path} line {n} is nested too deep to be read") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f"{path} line {n} has no string under the key 'text' (got {str(row)[:60]!r})")
+    try: row["text"].encode()
+    except UnicodeEncodeError: raise ValueError(f"{path} line {n} holds half of a surrogate pair, which is no character; escape it whole or leave it out") from None
     return row["text"]
 
-# %% ../../../nbs/data/corpus.ipynb #cdb9e23c
+# %% ../../../nbs/data/corpus.ipynb #464856f4
 def _parquet(path):
     import pyarrow.parquet as pq, pyarrow as pa
-    try: return pq.read_table(path, columns=["text"])["text"].to_pylist()
+    try: texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
     except (pa.ArrowException, OSError, KeyError) as e: raise ValueError(f"{path} cannot be read as parquet with a column 'text': {e}") from None
+    if (odd := next((t for t in texts if not isinstance(t, str | None)), None)) is not None: raise ValueError(f"{path}: the column 'text' has to hold strings (got {odd!r})")
+    return texts
 
-# %% ../../../nbs/data/corpus.ipynb #20780d86
+# %% ../../../nbs/data/corpus.ipynb #d0852d33
 def _documents(path):
     "The documents of one file: `(source, text)` pairs."
     kind = path.suffix.lower()
+    if not path.is_file(): raise ValueError(f"{path} cannot be read: it is a broken link or no regular file")
     if kind == ".parquet": texts = _parquet(path)
     else:
         try: raw = path.read_bytes()
@@ -70,7 +76,7 @@ def _documents(path):
         cut = pieces(t) if t else [""]
         yield from ((where + (f"#{k}" if len(cut) > 1 else ""), p) for k,p in enumerate(cut))
 
-# %% ../../../nbs/data/corpus.ipynb #91e183a9
+# %% ../../../nbs/data/corpus.ipynb #a5a88578
 def from_files(
     globs:dict[str,str], # domain -> glob of .txt, .md, .jsonl and .parquet files; `~` and `**` work
 )->dict: # domain -> `datasets.Dataset` with columns `text` and `source`
@@ -80,7 +86,7 @@ def from_files(
     corpus = {}
     for domain,pattern in globs.items():
         if not re.fullmatch(r"[\w-]+", domain): raise ValueError(f"a domain's name is made of letters, digits, '_' and '-' (got {domain!r})")
-        found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p))
+        found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(p))
         odd = [p.name for p in found if p.suffix.lower() not in (".txt", ".md", ".jsonl", ".parquet")]
         if odd: raise ValueError(f"domain {domain!r}: .txt, .md, .jsonl and .parquet files are read (got {len(odd)} others, first {odd[0]!r}); narrow the glob {pattern!r}")
         docs = [d for p in found for d in _documents(p)]

@@ -59,15 +59,25 @@ def _write_json(path, record):
     with open(tmp := path.with_suffix(".tmp"), "w") as f: f.write(json.dumps(record)); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
-# %% ../../../nbs/data/tokens.ipynb #f8b9dd92
+# %% ../../../nbs/data/tokens.ipynb #8b5140ee
+def _record(path, identity):
+    "A record of this very text and tokenizer, or None."
+    try: r = json.loads(path.read_text())
+    except (OSError, ValueError): return None
+    return r if isinstance(r, dict) and r.get("identity") == identity else None
+
+# %% ../../../nbs/data/tokens.ipynb #5f490fcd
+def _holds(path, size): return path.exists() and path.stat().st_size >= size
+
+# %% ../../../nbs/data/tokens.ipynb #9f756c57
 def _build_domain(domain, ds, tok, folder, chunk):
     "Write or finish one domain's token file; the number of tokens."
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
     part, done, final = (folder/f"{domain}{s}" for s in (".part", ".progress.json", ".json"))
     identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
-    read = lambda p: json.loads(p.read_text()) if p.exists() else {}
-    if read(final).get("identity") == identity and (folder/f"{domain}.tokens").exists(): return
-    at = read(done) if read(done).get("identity") == identity and part.exists() else dict(identity=identity, documents=0, bytes=0)
+    if (r := _record(final, identity)) and _holds(folder/f"{domain}.tokens", r["tokens"]*np.dtype(r["dtype"]).itemsize): return
+    at = _record(done, identity)
+    if not (at and _holds(part, at["bytes"])): at = dict(documents=0, bytes=0)
     with open(part, "r+b" if at["documents"] else "wb") as f:
         f.truncate(at["bytes"]); f.seek(at["bytes"])
         for i in range(at["documents"], len(ds), chunk):
@@ -78,11 +88,12 @@ def _build_domain(domain, ds, tok, folder, chunk):
             f.flush(); os.fsync(f.fileno())
             _write_json(done, dict(identity=identity, documents=i+len(rows["text"]), bytes=f.tell()))
     size = part.stat().st_size
+    final.unlink(missing_ok=True)                             # a record never stands beside other tokens
     os.replace(part, folder/f"{domain}.tokens")
     _write_json(final, dict(identity=identity, documents=len(ds), tokens=size//np.dtype(dtype).itemsize, dtype=np.dtype(dtype).name))
     done.unlink()
 
-# %% ../../../nbs/data/tokens.ipynb #0f6a630e
+# %% ../../../nbs/data/tokens.ipynb #1c40a1be
 def build(
     corpus:dict, # domain -> Dataset with a column `text`
     tok:Tokenizer, # byte-level BPE with the end of a document as entry 0
@@ -94,7 +105,7 @@ def build(
     for domain,ds in corpus.items(): _build_domain(domain, ds, tok, folder, chunk)
     return {d: Tokens(folder/f"{d}.tokens") for d in corpus}
 
-# %% ../../../nbs/data/tokens.ipynb #e70554f3
+# %% ../../../nbs/data/tokens.ipynb #d446a07c
 class Tokens:
     "The tokens of one domain, on disk."
     def __init__(self,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['commit', 'commits', 'read', 'latest']
 
-# %% ../../../nbs/engine/commits.ipynb #f6ed43ba
-import hashlib, json, os, re, shutil, warnings
+# %% ../../../nbs/engine/commits.ipynb #39d37855
+import errno, hashlib, json, os, re, shutil, warnings
 from pathlib import Path
 import torch
-from safetensors import safe_open
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
 # %% ../../../nbs/engine/commits.ipynb #7cd26342
@@ -22,7 +22,7 @@ def _sync(path):
 def _hash(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../../nbs/engine/commits.ipynb #cabcfbf1
+# %% ../../../nbs/engine/commits.ipynb #905f3c7e
 def commit(
     folder:str|Path, # where the run's commits lie
     step:int, # step after which the state was taken
@@ -31,6 +31,7 @@ def commit(
     keep:int=2, # newest commits that stay
 )->Path: # the commit's directory, once it is safe on disk
     "Save a state as a new directory and delete all but the newest."
+    if keep < 1: raise ValueError(f"at least the commit just made stays (got {keep=})")
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(".writing-*"): shutil.rmtree(old)             # left by a process that was killed
     tmp = folder/f".writing-{step}"; tmp.mkdir()
@@ -41,46 +42,61 @@ def commit(
         (tmp/"manifest.json").write_text(json.dumps(manifest))
         for p in (*tmp.iterdir(), tmp): _sync(p)
         final = folder/f"step-{step:08d}-{_hash(tmp/'manifest.json')[:16]}"
-        if final.exists(): shutil.rmtree(tmp)                             # the same state is there already
-        else: os.rename(tmp, final)
-    except OSError as e:
+        if final.exists() and _whole(final): shutil.rmtree(tmp)                              # the same state is there already
+        else: shutil.rmtree(final, ignore_errors=True); os.rename(tmp, final)
+    except BaseException as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(e.errno, f"the state after step {step} could not be saved ({e.strerror}); earlier commits are untouched", str(folder)) from None
+        if not isinstance(e, OSError | SafetensorError): raise
+        raise OSError(getattr(e, "errno", errno.EIO), f"the state after step {step} could not be saved ({getattr(e, 'strerror', e)}); earlier commits are untouched", str(folder)) from None
     _sync(folder)
-    for old in commits(folder)[:-keep]: shutil.rmtree(old)
+    here = commits(folder)
+    for old in here[:here.index(final) + 1][:-keep]: shutil.rmtree(old)
     return final
 
-# %% ../../../nbs/engine/commits.ipynb #bcc973ef
+# %% ../../../nbs/engine/commits.ipynb #0edd6748
 def commits(
     folder:str|Path, # where the run's commits lie
 )->list[Path]: # directories, oldest first
     "The commits in a folder, by name alone."
-    return sorted(p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8,}-[0-9a-f]{16}", p.name))
+    named = [(re.fullmatch(r"step-(\d{8,})-[0-9a-f]{16}", p.name), p) for p in Path(folder).glob("step-*") if p.is_dir() and not p.is_symlink()]
+    return [p for _,p in sorted((int(m[1]), p) for m,p in named if m)]
 
-# %% ../../../nbs/engine/commits.ipynb #0dc30c70
+# %% ../../../nbs/engine/commits.ipynb #9d7a509e
+def _verify(path):
+    "Say what is wrong with a commit's files, if anything is."
+    if not (path/"manifest.json").is_file(): raise ValueError("manifest.json is missing")
+    if _hash(path/"manifest.json")[:16] != path.name[-16:]: raise ValueError("manifest.json is not the one its name was made from")
+    manifest = json.loads((path/"manifest.json").read_text())
+    here = {p.name for p in path.iterdir()} - {"manifest.json"}
+    if here != set(manifest): raise ValueError(f"missing or additional files: {', '.join(sorted(here ^ set(manifest)))}")
+    for name,m in manifest.items():
+        if not (path/name).is_file(): raise ValueError(f"{name} is not a file")
+        if (size := (path/name).stat().st_size) != m["bytes"]: raise ValueError(f"{name} holds {size} bytes instead of {m['bytes']}")
+        if _hash(path/name) != m["sha256"]: raise ValueError(f"{name} holds other bytes than were written")
+
+# %% ../../../nbs/engine/commits.ipynb #5d542989
 def read(
     path:str|Path, # a commit's directory
 )->tuple[dict,dict]: # {file stem: {name: tensor}}, state
     "Check a commit against its manifest and its name, then load it."
-    path = Path(path); no = lambda why: ValueError(f"commit {path.name} is damaged: {why}")
-    if not (path/"manifest.json").is_file(): raise no("manifest.json is missing")
-    if _hash(path/"manifest.json")[:16] != path.name[-16:]: raise no("manifest.json is not the one its name was made from")
-    manifest = json.loads((path/"manifest.json").read_text())
-    here = {p.name for p in path.iterdir()} - {"manifest.json"}
-    if here != set(manifest): raise no(f"missing or additional files: {', '.join(sorted(here ^ set(manifest)))}")
-    for name,m in manifest.items():
-        if (size := (path/name).stat().st_size) != m["bytes"]: raise no(f"{name} holds {size} bytes instead of {m['bytes']}")
-        if _hash(path/name) != m["sha256"]: raise no(f"{name} holds other bytes than were written")
-    tensors = {}
-    for p in path.glob("*.safetensors"):
-        with safe_open(p, "pt") as f: tensors[p.stem] = {k: f.get_tensor(k) for k in f.keys()}
-    return tensors, json.loads((path/"state.json").read_text())
+    path, tensors = Path(path), {}
+    try:
+        _verify(path)
+        for p in path.glob("*.safetensors"):
+            with safe_open(p, "pt") as f: tensors[p.stem] = {k: f.get_tensor(k) for k in f.keys()}
+        return tensors, json.loads((path/"state.json").read_text())
+    except Exception as e: raise ValueError(f"commit {path.name} is damaged: {e if type(e) is ValueError else repr(e)}") from None
 
-# %% ../../../nbs/engine/commits.ipynb #df175f05
+# %% ../../../nbs/engine/commits.ipynb #c8891426
+def _whole(path):
+    try: return bool(read(path))
+    except ValueError: return False
+
+# %% ../../../nbs/engine/commits.ipynb #8eef1866
 def latest(
     folder:str|Path, # where the run's commits lie
 ): # (tensors, state) of the newest whole commit, or None
     "Load the newest commit; a damaged one is named in a warning and the one before it is taken."
     for path in reversed(commits(folder)):
         try: return read(path)
-        except (ValueError, OSError) as e: warnings.warn(f"{e}; going back to the commit before it")
+        except ValueError as e: warnings.warn(f"{e}; going back to the commit before it")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #69acc14d
+# %% ../../../nbs/engine/fit.ipynb #7b77b7fc
 import json, math, os, time, warnings
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -46,20 +47,24 @@ def _pack(model, optimizer, stream, hooks, counts):
     return dict(model=_weights(model), optimizer={**moments, "rng": torch.get_rng_state()}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
-# %% ../../../nbs/engine/fit.ipynb #e950f9ad
-def _check(was, now, s, hooks):
+# %% ../../../nbs/engine/fit.ipynb #b1a8e9b5
+def _check(was, now, s, optimizer, hooks):
     "Refuse a saved run that is not this one, before anything changes."
     for k in was | now:
         if k not in was or k not in now or was[k].shape != now[k].shape:
             raise ValueError(f"the saved run has {k} {tuple(was[k].shape) if k in was else 'missing'} and this model has it {tuple(now[k].shape) if k in now else 'missing'}; use another run folder")
+    old, new = json.loads(json.dumps([s["groups"], optimizer.state_dict()["param_groups"]]))
+    if len(old) != len(new): raise ValueError(f"the run was saved with {len(old)} parameter groups (got {len(new)}); pass the same optimizer or use another run folder")
+    for i,(a,b) in enumerate(zip(old, new)):
+        if odd := sorted(k for k in a | b if a.get(k) != b.get(k)): raise ValueError(f"the run was saved with {odd[0]}={a.get(odd[0])!r} in the optimizer's group {i} (got {b.get(odd[0])!r}); pass the same optimizer or use another run folder")
     if len(s["hooks"]) != len(hooks): raise ValueError(f"the run was saved with {len(s['hooks'])} hooks (got {len(hooks)}); pass the same ones")
     if s["build"] != _build(): warnings.warn(f"the run goes on under {_build()} but was saved under {s['build']}: from here it is not the same bit for bit")
 
-# %% ../../../nbs/engine/fit.ipynb #b64abae4
+# %% ../../../nbs/engine/fit.ipynb #1db609cf
 def _unpack(saved, model, optimizer, stream, hooks):
     "Put a saved run back; its counts."
     tensors, s = saved
-    _check(tensors["model"], _weights(model), s, hooks)
+    _check(tensors["model"], _weights(model), s, optimizer, hooks)
     stream.load_state_dict(s["stream"])
     state, rng = {int(i): dict(v) for i,v in s["optimizer"].items()}, tensors["optimizer"].pop("rng")
     for name,v in tensors["optimizer"].items(): i, k = name.split(".", 1); state[int(i)][k] = v
@@ -92,19 +97,28 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #23ae6a09
+# %% ../../../nbs/engine/fit.ipynb #f4857b13
 def _step(step, model, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
-    tokens, δ = next(stream)
+    tokens, δ = next(stream); p = stream.weights
     ℓ = _gradient(model, tokens, accumulate)
     λ = _by_domain(ℓ, δ, stream.domains)
     _call(hooks, "on_losses", step, λ); _call(hooks, "on_gradients", step, model)
     norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip).item()
     if good := math.isfinite(norm) and bool(ℓ.isfinite().all()): optimizer.step()
     optimizer.zero_grad()
-    return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=stream.weights), good
+    return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p), good
 
-# %% ../../../nbs/engine/fit.ipynb #d5a7f000
+# %% ../../../nbs/engine/fit.ipynb #4dd648c4
+@contextmanager
+def _scaled(optimizer, η):
+    lr = [g["lr"] for g in optimizer.param_groups]
+    for g,r in zip(optimizer.param_groups, lr): g["lr"] = η*r
+    try: yield
+    finally:
+        for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
+
+# %% ../../../nbs/engine/fit.ipynb #6f87ae09
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place
     stream, # a `MixedStream`
@@ -121,16 +135,14 @@ def fit(
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
     if steps < 1 or accumulate < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0 (got {steps=}, {accumulate=}, {every=}, {clip=})")
-    run, records, lr = Path(run), [], [g["lr"] for g in optimizer.param_groups]
+    run, records = Path(run), []
     counts = _unpack(saved, model, optimizer, stream, hooks) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
     with _log(run/"log.jsonl", counts["step"]) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=None) as bar:
         for step in range(counts["step"], steps):
-            for g,r in zip(optimizer.param_groups, lr): g["lr"] = r*schedule(step)
-            record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)
-            for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
+            with _scaled(optimizer, η := schedule(step)): record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)
             counts = dict(step=step + 1, skipped=counts["skipped"] + (not good), row=0 if good else counts["row"] + 1)
-            records.append(record := {**record, "lr": lr[0]*schedule(step), "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
+            records.append(record := {**record, "lr": η*optimizer.param_groups[0]["lr"], "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
             log.write(json.dumps(record) + "\n"); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             _call(hooks, "on_step", step, record); _call(hooks, "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")

@@ -25,7 +25,7 @@ def orthogonal(
         X = a*X + (b*A + c*A @ A) @ X
     return X.mT if tall else X
 
-# %% ../../../nbs/optimizers/muon.ipynb #1e81ade1
+# %% ../../../nbs/optimizers/muon.ipynb #4b6dfc46
 class Muon(torch.optim.Optimizer):
     "Muon for the matrices of the blocks, AdamW for everything else."
     def __init__(self,
@@ -39,6 +39,8 @@ class Muon(torch.optim.Optimizer):
     ):
         if not lr > 0: raise ValueError(f"the learning rate has to be above 0 (got {lr=})")
         if not 0 <= momentum < 1: raise ValueError(f"the momentum lies in [0, 1) (got {momentum=})")
+        if not all(0 <= β < 1 for β in betas): raise ValueError(f"both betas lie in [0, 1) (got {betas=})")
+        if not weight_decay >= 0: raise ValueError(f"the weight decay is at least 0 (got {weight_decay=})")
         named = list(named_parameters)
         if odd := [n for n,p in named if p.is_complex() or p.is_sparse]: raise ValueError(f"parameters are dense and real (got {odd[0]!r})")
         is_matrix = lambda n, p: p.ndim == 2 and not n.startswith(("embed", "head"))
