@@ -23,7 +23,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.cat([a*cos - b*sin, b*cos + a*sin], -1)
 
-# %% ../../../nbs/models/mobilellm.ipynb #02da070f
+# %% ../../../nbs/models/mobilellm.ipynb #62771026
 class Attention(nn.Module):
     "Causal grouped-query attention with rotary positions."
     def __init__(self,
@@ -44,10 +44,12 @@ class Attention(nn.Module):
         q, k = rotate(split(self.q(x), self.heads), cos, sin), rotate(split(self.k(x), self.kv_heads), cos, sin)
         q, k, v = (y.transpose(1, 2) for y in (q, k, split(self.v(x), self.kv_heads)))
         if remember: k, v = remember(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        S = k.shape[2]                                                        # positions so far, these T the last of them
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S, enable_gqa=True)
         return self.o(y.transpose(1, 2).reshape(B, T, d))
 
-# %% ../../../nbs/models/mobilellm.ipynb #cc23b9ff
+# %% ../../../nbs/models/mobilellm.ipynb #06bc038d
 class MLP(nn.Module):
     "The gated unit."
     def __init__(self,
@@ -60,7 +62,7 @@ class MLP(nn.Module):
     )->Tensor: # (B, T, d)
         return self.down(F.silu(self.gate(x))*self.up(x))
 
-# %% ../../../nbs/models/mobilellm.ipynb #940fe62b
+# %% ../../../nbs/models/mobilellm.ipynb #76010cf9
 class Block(nn.Module):
     "Attention and gated unit, each with its norm and residual."
     def __init__(self,
@@ -82,7 +84,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x), cos, sin, remember)
         return x + self.mlp(self.norm2(x))
 
-# %% ../../../nbs/models/mobilellm.ipynb #f0504296
+# %% ../../../nbs/models/mobilellm.ipynb #0674c223
 class MobileLLM(nn.Module):
     "A decoder-only language model of the given shape."
     def __init__(self,
@@ -107,4 +109,5 @@ class MobileLLM(nn.Module):
         cos, sin, x = self.cos[past:past+T], self.sin[past:past+T], self.embed(tokens)
         for i,block in enumerate(self.blocks):
             for r in range(s.repeat): x = block(x, cos, sin, cache.slot(i*s.repeat + r) if cache else None)
+        if cache: cache.length += T
         return linear(self.norm(x), self.embed.weight if s.tied else self.head.weight)
