@@ -34,7 +34,7 @@ def _config(s, dtype):
         hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=s.tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         dtype=kind, torch_dtype=kind)
 
-# %% ../../../nbs/models/hf.ipynb #0fe94ef4
+# %% ../../../nbs/models/hf.ipynb #9f71195c
 _FIXED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, quantization_config=None)
 _WHOLE = dict(vocab_size="vocab", hidden_size="dim", intermediate_size="ff", num_hidden_layers="layers", num_attention_heads="heads", num_key_value_heads="kv_heads", max_position_embeddings="context")
 
@@ -46,7 +46,7 @@ def _shape(c):
     thetas = [c.get("rope_theta")]
     for key in ("rope_parameters", "rope_scaling"):
         rope = {} if c.get(key) is None else c[key]
-        if type(rope) is not dict or set(rope) - {"rope_theta", "rope_type", "type"} or {rope.get("rope_type"), rope.get("type")} - {None, "default"}: raise no(key, "the default rotation, unscaled,", rope)
+        if type(rope) is not dict or set(rope) - {"rope_theta", "rope_type", "type"} or any(rope.get(k) not in (None, "default") for k in ("rope_type", "type")): raise no(key, "the default rotation, unscaled,", rope)
         thetas.append(rope.get("rope_theta"))
     thetas = [t for t in thetas if t is not None] or [1e4]
     if any(t != thetas[0] for t in thetas): raise no("rope_theta", "one number", thetas)
