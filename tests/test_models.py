@@ -1,4 +1,4 @@
-import json, os, pickle, stat
+import json, os, stat
 from dataclasses import replace
 
 import pytest, torch
@@ -98,6 +98,12 @@ def test_any_configuration_is_a_shape_or_refused(data):
     if data.draw(st.booleans()): c[data.draw(st.sampled_from(["rope_scaling", "rope_parameters"]))] = data.draw(ROPE)
     try: assert isinstance(hf._shape(c), Shape)
     except ValueError as e: assert str(e)
+
+@pytest.mark.parametrize("v", [0, 0., -1., 10**400, float("nan"), float("inf"), True, "1e4", [1e4]])
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_constants_are_positive_numbers(key, v):
+    c = {k: x for k,x in hf._config(SMALL, torch.float16).items() if k != "rope_parameters"}
+    with pytest.raises(ValueError, match=f"{key} has to be (a positive|one) number"): hf._shape(c | {key: v})
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())

@@ -12,7 +12,7 @@ from torch import Tensor
 from .shape import Shape
 from .mobilellm import MobileLLM
 
-# %% ../../../nbs/models/generate.ipynb #e658ce6a
+# %% ../../../nbs/models/generate.ipynb #169a3083
 class Cache:
     "Keys and values of every call of a block, for texts of up to `length` tokens."
     def __init__(self,
@@ -30,7 +30,7 @@ class Cache:
         i:int, # which call of a block
     ): # `(k, v) -> (k, v)`: from the new tokens' (B, h_k, T, d_h) to all tokens'
         def remember(k, v):
-            (B, _, T, _), room, end = k.shape, self.k.shape, self.length + k.shape[2]
+            B, room, end = len(k), self.k.shape, self.length + k.shape[2]
             if B != room[1]: raise ValueError(f"the cache was made for {room[1]} texts at a time (got {B})")
             if end > room[3]: raise ValueError(f"the cache has room for {room[3]} tokens (got {end}); make it longer")
             for new,kept in ((k, self.k), (v, self.v)): kept[i,:,:,self.length:end] = new
