@@ -66,18 +66,20 @@ def _record(path, identity):
     except (OSError, ValueError): return None
     return r if isinstance(r, dict) and r.get("identity") == identity else None
 
-# %% ../../../nbs/data/tokens.ipynb #5f490fcd
-def _holds(path, size): return path.exists() and path.stat().st_size >= size
+# %% ../../../nbs/data/tokens.ipynb #6c7ec68a
+def _opens(path):
+    try: return bool(Tokens(path))
+    except ValueError: return False
 
-# %% ../../../nbs/data/tokens.ipynb #9f756c57
+# %% ../../../nbs/data/tokens.ipynb #237c349a
 def _build_domain(domain, ds, tok, folder, chunk):
     "Write or finish one domain's token file; the number of tokens."
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
     part, done, final = (folder/f"{domain}{s}" for s in (".part", ".progress.json", ".json"))
     identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
-    if (r := _record(final, identity)) and _holds(folder/f"{domain}.tokens", r["tokens"]*np.dtype(r["dtype"]).itemsize): return
+    if _record(final, identity) and _opens(folder/f"{domain}.tokens"): return
     at = _record(done, identity)
-    if not (at and _holds(part, at["bytes"])): at = dict(documents=0, bytes=0)
+    if not at or not part.exists() or part.stat().st_size < at["bytes"]: at = dict(documents=0, bytes=0)
     with open(part, "r+b" if at["documents"] else "wb") as f:
         f.truncate(at["bytes"]); f.seek(at["bytes"])
         for i in range(at["documents"], len(ds), chunk):

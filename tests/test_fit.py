@@ -1,0 +1,270 @@
+"""Runs killed at random and resumed to the bit, bad numbers from everywhere, and resumes that must not be."""
+import hashlib, json, math, os, random, signal, time, warnings
+
+import numpy as np, pytest, torch
+from paretolab.data.stream import MixedStream
+from paretolab.engine import commits, fit as F
+from paretolab.engine.fit import fit
+from paretolab.engine.schedules import cosine, wsd
+from paretolab.models.mobilellm import MobileLLM, Shape
+from paretolab.optimizers.muon import Muon
+
+torch.set_num_threads(1)
+STEPS, EVERY = 24, 4
+
+class Text:
+    def __init__(self, t): self.t = t
+    def __len__(self): return len(self.t)
+    def read(self, start, n): return self.t[start:start+n]
+
+rng = np.random.default_rng(0)
+TEXT = {d: Text(rng.integers(k, k + 20, 600)) for d,k in dict(a=0, b=40).items()}
+adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=3e-3, fused=True)
+muon = lambda m: Muon(m.named_parameters(), lr=3e-3)
+
+class Mixer:
+    "A hook with a state that steers the stream: what a data mixing method does."
+    def __init__(self, stream): self.stream, self.mean = stream, {"a": 0., "b": 0.}
+    def on_losses(self, step, per_domain):
+        for d,l in per_domain.items(): self.mean[d] = .9*self.mean[d] + .1*l
+    def on_step(self, step, record):
+        p = .5 + .4*math.sin(100*(self.mean["a"] - self.mean["b"]))
+        self.stream.weights = dict(a=p, b=1 - p)
+    def state_dict(self): return self.mean
+    def load_state_dict(self, s): self.mean = dict(s)
+
+class Noise:
+    "Random numbers in a step: the generator's state belongs to the run."
+    def on_gradients(self, step, model):
+        for p in model.parameters(): p.grad += 1e-3*torch.randn_like(p)
+
+def make(optimizer=adamw, seed=0, batch=4, **kw):
+    torch.manual_seed(seed)
+    model = MobileLLM(Shape(**{**dict(vocab=64, dim=16, ff=16, layers=2, heads=2, kv_heads=1, context=16), **kw}))
+    return model, MixedStream(TEXT, dict(a=.5, b=.5), batch=batch, length=16), optimizer(model)
+
+def flat(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
+def digest(m): return hashlib.sha256(flat(m).numpy().tobytes()).hexdigest()
+def log(run): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(run/"log.jsonl")]
+
+def train(run, optimizer, *extra, steps=STEPS, **kw):
+    m, s, o = make(optimizer)
+    fit(m, s, o, cosine(STEPS, 5), (Mixer(s), Noise(), *extra), steps=steps, run=run, every=EVERY, **kw)
+    s.close()
+    return digest(m)
+
+@pytest.fixture(scope="module", params=[adamw, muon], ids=["AdamW", "Muon"])
+def calm(request, tmp_path_factory):
+    "The run nobody disturbed: optimizer, digest, log, seconds."
+    run, start = tmp_path_factory.mktemp("calm")/"run", time.perf_counter()
+    d = train(run, request.param, object())
+    assert len(log(run)) == STEPS
+    return request.param, d, log(run), time.perf_counter() - start
+
+# Kills
+
+class Kill:
+    "Dies at a step, in one of the places a run can be in."
+    def __init__(self, where, step): self.where, self.step = where, step
+    def __getattr__(self, name):
+        if name != self.where: raise AttributeError(name)
+        def die(step, *_):
+            if step >= self.step: os.kill(os.getpid(), signal.SIGKILL)
+        return die
+
+def child(run, optimizer, extra, after=None, before=lambda: None):
+    "Train in a fork of this warm process until it ends or is killed; how it ended."
+    if (pid := os.fork()) == 0:
+        try: before(); train(run, optimizer, extra)
+        finally: os._exit(0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def kill_in_commit(name, k):
+    "SIGKILL at the k-th call of a function of `engine.commits` (or `os`)."
+    module = os if name == "rename" else commits
+    real, left = getattr(module, name), [k]
+    def hook(*a):
+        left[0] -= 1
+        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a)
+    setattr(module, name, hook)
+
+def campaign(calm, folder, points, seed):
+    "Kill and resume over and over, several kills to a run; every run ends like the calm one."
+    optimizer, want, lines, seconds = calm
+    random.seed(seed)
+    kills = runs = 0
+    while kills < points:
+        run = folder/f"{runs}"
+        runs += 1
+        for _ in range(min(3, points - kills)):
+            step = random.randrange(STEPS)
+            how = random.choice(["time", "on_losses", "on_gradients", "on_step", "on_commit", "commit", "commit"])
+            if how == "time": code = child(run, optimizer, object(), after=random.uniform(0, seconds))
+            elif how == "commit": code = child(run, optimizer, object(), before=lambda: kill_in_commit(random.choice(["_sync", "_hash", "save_file", "rename"]), random.randrange(8)))
+            else: code = child(run, optimizer, Kill(how, step))
+            kills += code == -signal.SIGKILL
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert train(run, optimizer, object()) == want
+        assert log(run) == lines
+    return kills, runs
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(calm, tmp_path): assert campaign(calm, tmp_path, 12, seed=0)[0] >= 12
+
+@pytest.mark.soak
+def test_two_hundred_kills_end_with_the_same_bits(calm, tmp_path, record_property):
+    kills, runs = campaign(calm, tmp_path, 200, seed=1)
+    record_property("kills", kills); record_property("runs", runs)
+
+def test_a_damaged_newest_commit_costs_only_its_steps(calm, tmp_path):
+    optimizer, want, lines, _ = calm
+    child(tmp_path, optimizer, Kill("on_step", 17))
+    newest = commits.commits(tmp_path/"commits")[-1]
+    assert newest.name.startswith("step-00000016")
+    (newest/"optimizer.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="step-00000016-.* is damaged: optimizer.safetensors holds 4 bytes"): assert train(tmp_path, optimizer, object()) == want
+    assert log(tmp_path) == lines
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for c in commits.commits(tmp_path/"commits"): commits.read(c)
+
+def test_each_kind_of_state_counts(calm, tmp_path, monkeypatch):
+    "If one of them did not come back, the end would be another: the test above can fail."
+    optimizer, want, *_ = calm
+    for what in ("rng", "stream", "hooks", "moments"):
+        run = tmp_path/what
+        child(run, optimizer, Kill("on_step", 13))
+        if what == "rng": monkeypatch.setattr(torch, "set_rng_state", lambda s: None)
+        if what == "stream": monkeypatch.setattr(MixedStream, "load_state_dict", lambda self, s: None)
+        if what == "hooks": monkeypatch.setattr(Mixer, "load_state_dict", lambda self, s: None)
+        if what == "moments": monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda self, s: None)
+        assert train(run, optimizer, object()) != want, what
+        monkeypatch.undo()
+
+def test_a_run_that_is_complete_makes_no_step(calm, tmp_path):
+    optimizer, want, lines, _ = calm
+    for _ in range(2): assert train(tmp_path, optimizer, object()) == want and log(tmp_path) == lines
+    m, s, o = make(optimizer)
+    assert fit(m, s, o, cosine(STEPS), (Mixer(s), Noise(), object()), steps=STEPS, run=tmp_path) == []
+
+# Bad numbers
+
+class Poison:
+    def __init__(self, at, value, where): self.at, self.value, self.where, self.seen = at, value, where, {}
+    def on_gradients(self, step, model):
+        self.model, self.seen[step] = model, [flat(model)]
+        if step in self.at and self.where == "gradient": model.blocks[1].mlp.up.weight.grad[3, 5] = self.value
+
+class Spoiled(MobileLLM):
+    "A model whose loss is not finite at some calls."
+    at, value, calls = (), 0., 0
+    def forward(self, x):
+        y = super().forward(x)
+        self.calls += 1
+        return y*self.value if self.calls - 1 in self.at else y
+
+@pytest.mark.parametrize("optimizer", [adamw, muon], ids=["AdamW", "Muon"])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_costs_exactly_one_step(tmp_path, optimizer, where, value):
+    m, s, o = make(optimizer)
+    if where == "loss": m.__class__, m.at, m.value = Spoiled, {7}, value
+    moments = []
+    class Watch:
+        def on_losses(self, step, per_domain): moments.append([v.clone() for st in o.state.values() for v in st.values()] + [flat(m)])
+    records = fit(m, s, o, cosine(12), [Watch(), Poison({7}, value, where)], steps=12, run=tmp_path)
+    assert [i for i in range(11) if moments[i] and len(moments[i]) == len(moments[i+1]) and all(torch.equal(a, b) for a,b in zip(moments[i], moments[i+1]))] == [7]
+    assert [r["skipped"] for r in records] == [0]*7 + [1]*5 and flat(m).isfinite().all()
+
+def test_bad_steps_in_a_row_end_the_run_and_single_ones_do_not(tmp_path):
+    m, s, o = make()
+    records = fit(m, s, o, cosine(30), [Poison(set(range(0, 30, 2)), float("nan"), "gradient")], steps=30, run=tmp_path/"a", patience=2)
+    assert records[-1]["skipped"] == 15
+    m, s, o = make()
+    with pytest.raises(FloatingPointError, match="10 steps in a row .* the last at step 14 "): fit(m, s, o, cosine(30), [Poison(set(range(5, 30)), float("nan"), "gradient")], steps=30, run=tmp_path/"b", every=3)
+    assert flat(m).isfinite().all() and o.param_groups[0]["lr"] == 3e-3 and len(log(tmp_path/"b")) == 15
+    assert commits.latest(tmp_path/"b"/"commits")[1]["counts"] == dict(step=12, skipped=7, row=7)
+    m, s, o = make()
+    with pytest.raises(FloatingPointError, match="the last at step 14 "): fit(m, s, o, cosine(30), [Poison(set(range(5, 30)), float("nan"), "gradient")], steps=30, run=tmp_path/"b", every=3)  # also over a resume
+
+# Hooks, parts, schedules
+
+def test_several_hooks_are_called_in_order_and_keep_their_states(tmp_path):
+    calls = []
+    class Hook:
+        def __init__(self, name): self.name, self.n = name, 0
+        def on_losses(self, step, λ): self.n += 1; calls.append((step, "losses", self.name))
+        def on_gradients(self, step, model): calls.append((step, "gradients", self.name)); assert all(p.grad is not None for p in model.parameters())
+        def on_step(self, step, record): calls.append((step, "step", self.name)); assert record["step"] == step
+        def on_commit(self, step): calls.append((step, "commit", self.name))
+        def state_dict(self): return dict(n=self.n)
+        def load_state_dict(self, s): self.n = s["n"]
+    m, s, o = make()
+    fit(m, s, o, cosine(9), [Hook("x"), object(), Hook("y")], steps=2, run=tmp_path, every=2)
+    assert calls == [(t, k, n) for t in (0, 1) for k in ("losses", "gradients", "step") for n in "xy"] + [(2, "commit", n) for n in "xy"]
+    x, y = Hook("x"), Hook("y"); y.n = 50
+    fit(*make(seed=3), cosine(9), [x, object(), y], steps=5, run=tmp_path)
+    assert x.n == y.n == 5
+    with pytest.raises(ValueError, match=r"saved with 3 hooks \(got 2\)"): fit(*make(), cosine(9), [x, y], steps=9, run=tmp_path)
+
+def test_the_record_shows_the_weights_its_batch_was_drawn_with(tmp_path):
+    m, s, o = make()
+    class Turn:
+        def on_losses(self, step, per_domain): s.weights = dict(a=1., b=0.) if step % 2 else dict(a=0., b=1.)
+    records = fit(m, s, o, cosine(8), [Turn()], steps=8, run=tmp_path)
+    for r in records[1:]: assert r["per_domain"].keys() == {d for d,w in r["weights"].items() if w}
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 9])
+def test_parts_add_up_to_the_batch(tmp_path, parts):
+    ends = {}
+    for a in (1, parts):
+        m, s, o = make(seed=0)
+        records = fit(m, s, o, wsd(10, 2), steps=10, run=tmp_path/f"{a}", accumulate=a)
+        ends[a] = flat(m), torch.tensor([[r["loss"], r["norm"], *r["per_domain"].values()] for r in records])
+    assert torch.allclose(ends[1][1], ends[parts][1], rtol=2e-4) and torch.allclose(ends[1][0], ends[parts][0], atol=2e-4)  # 10 steps of 3e-3
+
+def test_a_resume_may_use_other_parts_and_the_rates_are_the_schedule(tmp_path):
+    for η,name in ((cosine(20, 4), "cosine"), (wsd(20, 4), "wsd")):
+        fit(*make(), η, steps=11, run=tmp_path/name, every=5)
+        fit(*make(), η, steps=20, run=tmp_path/name, accumulate=2)
+        assert [r["lr"] for r in log(tmp_path/name)] == [3e-3*η(t) for t in range(20)]
+
+def test_an_interrupted_step_leaves_the_rates(tmp_path):
+    m, s, o = make()
+    class Stop:
+        def on_gradients(self, step, model):
+            if step == 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(m, s, o, cosine(20, 10), [Stop()], steps=20, run=tmp_path, every=2)
+    assert o.param_groups[0]["lr"] == 3e-3
+    assert fit(m, s, o, cosine(20, 10), [object()], steps=4, run=tmp_path)[0]["step"] == 2
+
+# Resumes that must not be
+
+OTHERS = {"a wider model": (dict(dim=32), "model has it"), "a deeper model": (dict(layers=3), r"blocks.2.* missing"), "a shallower model": (dict(layers=1), "model has it missing"), "a head": (dict(tied=False), r"head.weight missing"),
+    "another optimizer": (dict(optimizer=muon), "parameter groups|in the optimizer's group"), "another rate": (dict(optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)), r"lr=0.003 .*got 0.001"),
+    "other betas": (dict(optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=3e-3, betas=(.8, .9), fused=True)), r"betas=\[0.9, 0.999\]"), "another class": (dict(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=3e-3)), "group 0"),
+    "another batch": (dict(batch=8), "batch=4 but this one has 8")}
+
+@pytest.mark.parametrize("kw, words", OTHERS.values(), ids=OTHERS)
+def test_a_resume_with_something_else_is_refused_before_any_change(tmp_path, kw, words):
+    fit(*make(), cosine(9), steps=3, run=tmp_path)
+    lines = (tmp_path/"log.jsonl").read_bytes()
+    m, s, o = make(**{"seed": 5, **kw})
+    before, stream_was, rng_was = flat(m), s.state_dict(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=words): fit(m, s, o, cosine(9), steps=9, run=tmp_path)
+    assert torch.equal(flat(m), before) and s.state_dict() == stream_was and not o.state and torch.equal(torch.get_rng_state(), rng_was)
+    assert (tmp_path/"log.jsonl").read_bytes() == lines
+
+def test_another_build_is_told(tmp_path, monkeypatch):
+    fit(*make(), cosine(9), steps=3, run=tmp_path)
+    monkeypatch.setattr(F, "_build", lambda: dict(torch="1.0"))
+    with pytest.warns(UserWarning, match="goes on under .*1.0.* but was saved under"): fit(*make(), cosine(9), steps=4, run=tmp_path)
+
+@pytest.mark.parametrize("kw", [dict(steps=0), dict(accumulate=0), dict(every=-1), dict(clip=0), dict(clip=float("nan"))])
+def test_what_no_run_takes_is_refused(tmp_path, kw):
+    with pytest.raises(ValueError, match=f"{next(iter(kw))}={next(iter(kw.values()))}"): fit(*make(), cosine(9), **{"steps": 9, **kw}, run=tmp_path/"run")
+    assert not (tmp_path/"run").exists()
