@@ -29,7 +29,7 @@ def activations(
     "What the forward pass leaves for the backward pass."
     return sum(size*n for part in _kept(shape, batch, length) for size,n in part)
 
-# %% ../../../nbs/frontier/budget.ipynb #90f8ae65
+# %% ../../../nbs/frontier/budget.ipynb #2400279d
 class _Live(TorchDispatchMode):
     "Watches the bytes of tensors that come and go, but for those `known` before."
     def __init__(self, *known):
@@ -38,7 +38,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (k := (u := t.untyped_storage())._cdata) not in self.live.keys() | self.known:
+            if isinstance(t, torch.Tensor) and (k := (u := t.untyped_storage())._cdata) not in self.live and k not in self.known:
                 self.live[k] = u.nbytes(); self.now += u.nbytes(); weakref.finalize(u, self._gone, k)
         self.peak = max(self.peak, self.now)
         return out
