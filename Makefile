@@ -21,7 +21,7 @@ $(READY): constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(READY) ## train, compress, measure, and draw the frontier (paretolab frontier)
-	$(BIN)/paretolab frontier
+	$(BIN)/paretolab frontier --settings settings.ini
 
 test: $(READY) browser ## all tests and all pages
 	$(BIN)/python -m pytest --durations=15

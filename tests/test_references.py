@@ -2,7 +2,8 @@ import lzma, math
 from collections import Counter, defaultdict
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from paretolab.frontier.references import NGram, _discounts, _ngrams, _trained, _zstd, compressors, macro, reference_lines
+from paretolab.engine.evaluate import macro
+from paretolab.frontier.references import NGram, _discounts, _ngrams, _trained, _zstd, compressors, reference_lines
 
 
 class Listed(list):

@@ -43,9 +43,10 @@ def bits_per_byte(
     model.train(was)
     return out
 
-# %% ../../../nbs/engine/evaluate.ipynb #677e1d5c
+# %% ../../../nbs/engine/evaluate.ipynb #07992671
 def macro(
     bpb:dict[str,float], # domain -> bits per byte
 )->float: # their mean
     "The average over domains, each counting the same."
+    if not bpb: raise ValueError(f"an average over domains needs at least one (got {bpb})")
     return sum(bpb.values())/len(bpb)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['figure', 'picture', 'write']
 
-# %% ../../../nbs/frontier/report.ipynb #69cf0ffd
+# %% ../../../nbs/frontier/report.ipynb #294b8010
 import base64, hashlib, html, json, math, os, textwrap
 from dataclasses import fields
 from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from .points import Point, frontier
-from .references import macro
+from ..engine.evaluate import macro
 
 # %% ../../../nbs/frontier/report.ipynb #91d8fc92
 def _bytes(n):

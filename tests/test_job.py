@@ -1,0 +1,101 @@
+"""Settings, the job and the command: what a user can get wrong, and that a job is repeatable."""
+import json
+from dataclasses import fields, replace
+
+import pytest, torch
+
+from paretolab.data.corpus import load as corpus
+from paretolab.engine.settings import Settings, member, parse, read
+from paretolab.frontier import job, points
+from paretolab.frontier.command import domains, main, preset
+
+
+@pytest.fixture(scope="module")
+def globs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for d in ("scripture", "formalmath"):
+        (folder/d).mkdir()
+        for i,t in enumerate(corpus()[d]["text"][:50]): (folder/d/f"{i}.txt").write_text(t)
+    return {d: f"{folder}/{d}/*.txt" for d in ("scripture", "formalmath")}
+
+@pytest.fixture
+def small(tmp_path): return Settings(steps=6, warmup=2, batch=2, length=64, windows=2, widths=(16, 4), threads=1, every=2, out=str(tmp_path/"out"))
+
+
+@pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
+def test_every_setting_can_be_overridden_and_refuses_the_wrong_type(f, tmp_path):
+    text = ",".join(map(str, f.default)) if f.type is tuple else str(f.default)
+    assert getattr(read(None, {f.name: text}), f.name) == f.default
+    (ini := tmp_path/"s.ini").write_text(f"[{f.metadata['section']}]\n{f.name} = {text}\n")
+    assert read(ini) == Settings()
+    if f.type is not str:
+        with pytest.raises(ValueError, match=f"{f.name!r}.*got 'x1'"): parse(f.name, "x1")
+    (ini := tmp_path/"s.ini").write_text(f"[elsewhere]\n{f.name} = {text}\n")
+    with pytest.raises(ValueError, match="elsewhere.*corpus, model, train, frontier"): read(ini)
+
+
+def test_the_file_of_the_repository_is_read(pytestconfig):
+    assert read(pytestconfig.rootpath/"settings.ini") == Settings()
+
+
+@pytest.mark.parametrize("name", ["muon", "muon.", ".Muon", "muon.Muon.x", "../muon.Muon", "os.system", "muon.torch", "muon.__doc__", "nothere.X", "MUON.Muon", ""])
+def test_a_member_comes_from_its_family_only(name):
+    with pytest.raises(ValueError, match="got"): member("optimizers", name)
+
+
+def test_a_killed_job_goes_on_and_a_finished_one_is_found(globs, small):
+    text = job.prepare(small, globs)
+    model, record = job.train(small, text)
+    lines = (run := next((job.Path(small.out)/"training").iterdir())/"log.jsonl").read_text()
+    again, same = job.train(small, text)
+    assert record == same and all(torch.equal(a, b) for a,b in zip(model.parameters(), again.parameters()))
+    assert run.read_text() == lines
+    job.train(replace(small, lr=0.001), text)                       # another recipe: another run, the first untouched
+    assert run.read_text() == lines and len(list((job.Path(small.out)/"training").iterdir())) == 2
+
+
+def test_training_state_is_counted(globs, small):
+    text = job.prepare(small, globs)
+    for optimizer in ("muon.Muon", "adamw.AdamW"):
+        model, record = job.train(replace(small, optimizer=optimizer), text)
+        state = member("optimizers", optimizer).state_bytes({n: p.shape for n,p in model.named_parameters()})
+        assert record["training_state_bytes"] == 2*4*model.shape.parameters + state
+
+
+def test_a_failed_point_stays_and_the_job_goes_on(globs, small):
+    found = job.frontier(replace(small, widths=(16, 7, 4)), globs)
+    assert [bool(p.failed) for p in found] == [False, True, False]*2
+    assert points.read(job.Path(small.out)/"points.parquet") == found
+    assert "7" in found[1].failed
+    for p in found:
+        if not p.failed: assert p.model_bytes < (2.1*p.parameters if p.bits == 16 else p.parameters*1.2)
+    assert "http" not in {l.split(":")[0] for l in (job.Path(small.out)/"frontier.svg").read_text().split('src="')[1:]}
+
+
+@pytest.mark.parametrize("argv,says", [
+    (["--steps", "-3"], "steps"), (["--batch", "0"], "batch=0"), (["--shape", "9B"], "'9B'"), (["--length", "100000"], "too few"), (["--length", "600", "--steps", "1", "--warmup", "0"], "at most 512"),
+    (["--optimizer", "os.system"], "'os.system'"), (["--widths", "four"], "list of numbers"), (["--share", "2"], "share=2.0"), (["--settings", "nowhere.ini"], "cannot be read")])
+def test_the_command_refuses_by_a_sentence(argv, says, globs, small, capsys):
+    data = [x for d,g in globs.items() for x in ("--data", f"{d}={g}")]
+    small_args = ["--steps", "6", "--warmup", "2", "--batch", "2", "--length", "64", "--threads", "1", "--out", small.out]
+    assert main(["train", *data, *small_args, *argv]) == 2
+    err = capsys.readouterr().err
+    assert says in err and "Traceback" not in err
+
+
+def test_too_little_text_is_refused(tmp_path, capsys):
+    (tmp_path/"a.txt").write_text("one short note"); (tmp_path/"b.txt").write_text("another short note, quite different")
+    assert main(["train", "--data", f"mine={tmp_path}/*.txt", "--out", str(tmp_path/"out")]) == 2
+    assert "domain 'mine' holds" in capsys.readouterr().err
+
+
+def test_the_shipped_recipe_is_the_one_recorded():
+    from paretolab.models import hf
+    s, record = preset("tiny"), json.loads((hf.shipped()/"training.json").read_text())
+    assert (record["shape"], record["optimizer"], record["seed"]) == (s.shape, s.optimizer, s.seed)
+    assert record["tokens"] == s.steps*s.batch*s.length
+
+
+def test_domains_need_a_name_and_a_glob():
+    for bad in ("x", "=x", "x="):
+        with pytest.raises(ValueError, match="NAME=GLOB"): domains([bad])
