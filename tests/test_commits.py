@@ -160,6 +160,7 @@ def test_forged_commits_are_refused_by_name_and_passed_over(tmp_path, manifest, 
     bad = forge(tmp_path, manifest, **files)
     with pytest.raises(ValueError, match=f"commit {bad.name} is damaged"): C.read(bad)
     with pytest.warns(UserWarning, match=bad.name): assert whole(tmp_path) == 1
+    forge(tmp_path, [1]); forge(tmp_path, [2])
     for step in (2, 3, 4): C.commit(tmp_path, step, tensors(step), dict(step=step))
     with pytest.warns(UserWarning): assert whole(tmp_path) == 4          # newer strangers push no commit out
 

@@ -47,11 +47,13 @@ def made(**domains): return {d: Dataset.from_dict(dict(text=texts, source=[str(i
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_document_that_training_covers_piece_by_piece_is_moved(seed):
-    "Fifty documents each quote 5 % of one: no pair is near, but together they hold all of it. Others depend on that one in turn."
+    "Each of many documents quotes 2 % of one: no pair is near, but together they hold all of it. Once it is moved, others leak in turn."
     rng = np.random.default_rng(seed)
     whole = words(rng, 1000)
     quotes = [" ".join(whole[20*i:20*i + 32] + words(rng, 600)) for i in range(49)]
-    chain = [" ".join(whole[100*i:100*i + 150] + words(rng, 700)) for i in range(8)]
+    own = [words(rng, 818) for _ in range(8)]
+    chain = [" ".join(whole[100*i:100*i + 182] + own[i]) for i in range(8)]
+    quotes += [" ".join(o[32*j:32*j + 32] + words(rng, 600)) for o in own for j in range(6)]
     texts = [" ".join(whole)] + quotes + chain + [" ".join(words(rng, 600)) for _ in range(60)]
     assert len(set(clusters(shingles(texts)))) == len(texts)
     train, valid = split(made(a=texts), share=0.4, seed=seed)
@@ -64,10 +66,16 @@ def test_near_duplicates_stay_together_over_domains():
         b=[" ".join(t[:150] + words(rng, 50)) for t in twins] + [" ".join(words(rng, 200)) for _ in range(20)]), share=0.3)
     assert max(shared(train, valid)) < 0.2 and len(valid["a"]) and len(valid["b"])
 
+def test_a_short_document_stays_with_the_long_one_that_holds_it():
+    rng = np.random.default_rng(0)
+    long = [words(rng, 1000) for _ in range(20)]
+    train, valid = split(made(a=[" ".join(t) for t in long], b=[" ".join(t[:40]) for t in long]), share=0.3)
+    assert [*valid["a"]["source"]] and {*valid["a"]["source"]} == {*valid["b"]["source"]}
+
 def test_clusters_are_those_of_the_definition():
     rng = np.random.default_rng(1)
     base = [words(rng, 60) for _ in range(6)]
-    texts = [" ".join(b[:rng.integers(20, 60)] + words(rng, rng.integers(0, 40))) for b in base for _ in range(6)] + ["", "one", "one two"]
+    texts = [" ".join(b[:rng.integers(20, 60)] + words(rng, rng.integers(0, 40))) for b in base for _ in range(6)] + ["", "one", "one two", " ".join(base[0][:15]), " ".join(base[0][:15] + words(rng, 300))]
     G, root = [grams(t) for t in texts], list(range(len(texts)))
     for _ in texts:
         for i,a in enumerate(G):

@@ -26,7 +26,7 @@ def test_any_text_comes_back_and_its_bytes_are_counted(tok, text):
 def made(**domains): return {d: Dataset.from_dict(dict(text=t, source=[""]*len(t))) for d,t in domains.items()}
 
 TEXT = made(a=[f"document {i} of a\n"*(i % 7 + 1) for i in range(50)], b=[f"and {i} of b" for i in range(20)])
-OTHER = made(a=[t.upper() for t in TEXT["a"]["text"]], b=TEXT["b"]["text"][:])
+OTHER = made(a=TEXT["a"]["text"][::-1], b=TEXT["b"]["text"][:])                # as many tokens, in another order
 
 def files(folder): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
@@ -63,7 +63,7 @@ def killed(point, calls, *args):
 def test_a_build_killed_anywhere_is_finished_to_the_same_bytes(tok, calm, tmp_path, point, before, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     kills = 0
-    for calls in (0, 1, 2, 5, 9, 12, 15):
+    for calls in (0, 3, 7, 8, 12):
         folder = tmp_path/str(calls)
         if before: tokens.build(before, tok, folder)
         kills += killed(point, calls, TEXT, tok, folder, 8)
