@@ -1,6 +1,5 @@
 """Commits under kills, full disks, damage and strangers in the folder."""
 import errno, hashlib, json, os, random, resource, shutil, signal, time, warnings
-from pathlib import Path
 
 import pytest, torch
 from paretolab.engine import commits as C

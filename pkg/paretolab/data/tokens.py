@@ -71,13 +71,13 @@ def _opens(path):
     try: return bool(Tokens(path))
     except ValueError: return False
 
-# %% ../../../nbs/data/tokens.ipynb #237c349a
+# %% ../../../nbs/data/tokens.ipynb #00f24c95
 def _build_domain(domain, ds, tok, folder, chunk):
     "Write or finish one domain's token file; the number of tokens."
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
     part, done, final = (folder/f"{domain}{s}" for s in (".part", ".progress.json", ".json"))
     identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
-    if _record(final, identity) and _opens(folder/f"{domain}.tokens"): return
+    if _record(final, identity) and _opens(folder/f"{domain}.tokens"): return done.unlink(missing_ok=True)
     at = _record(done, identity)
     if not at or not part.exists() or part.stat().st_size < at["bytes"]: at = dict(documents=0, bytes=0)
     with open(part, "r+b" if at["documents"] else "wb") as f:
