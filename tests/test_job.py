@@ -73,7 +73,7 @@ def test_a_failed_point_stays_and_the_job_goes_on(globs, small):
 
 
 @pytest.mark.parametrize("argv,says", [
-    (["--steps", "-3"], "steps"), (["--batch", "0"], "batch=0"), (["--shape", "9B"], "'9B'"), (["--length", "100000"], "too few"), (["--length", "600", "--steps", "1", "--warmup", "0"], "at most 512"),
+    (["--steps", "-3"], "steps"), (["--batch", "0"], "batch=0"), (["--shape", "9B"], "'9B'"), (["--length", "600"], "at most 512"), (["--widths", "4,4"], "(4, 4)"), (["--widths", "nan"], "nan"), (["--seconds", "nan"], "seconds=nan"), (["--quantizer", "absmax.os"], "'absmax.os'"),
     (["--optimizer", "os.system"], "'os.system'"), (["--widths", "four"], "list of numbers"), (["--share", "2"], "share=2.0"), (["--settings", "nowhere.ini"], "cannot be read")])
 def test_the_command_refuses_by_a_sentence(argv, says, globs, small, capsys):
     data = [x for d,g in globs.items() for x in ("--data", f"{d}={g}")]
@@ -81,6 +81,40 @@ def test_the_command_refuses_by_a_sentence(argv, says, globs, small, capsys):
     assert main(["train", *data, *small_args, *argv]) == 2
     err = capsys.readouterr().err
     assert says in err and "Traceback" not in err
+
+
+def test_other_text_of_the_same_length_is_trained_on_anew(tmp_path, small):
+    import numpy as np
+    rng, models = np.random.default_rng(0), []
+    for _ in range(2):
+        for i in range(30): (tmp_path/f"{i}.txt").write_text("".join(map(str, rng.integers(0, 10, 400))))      # a digit is a token
+        text = job.prepare(small, {"mine": f"{tmp_path}/*.txt"})
+        models.append((len(text.tokens["mine"]), job.train(small, text)[0]))
+    (n, a), (m, b) = models
+    assert n == m and not all(torch.equal(x, y) for x,y in zip(a.parameters(), b.parameters()))
+
+
+def test_a_training_that_diverges_fails_its_own_points_alone(globs, small):
+    found = job.frontier(replace(small, steps=30, lr=1e30, widths=(16,)), globs)
+    assert [(p.name, bool(p.failed)) for p in found] == [("mine-16bit", True), ("shipped-16bit", False)]
+    assert "not finite" in found[0].failed and points.read(job.Path(small.out)/"points.parquet") == found
+
+
+def test_what_is_judged_does_not_move_with_the_seed(globs, small):
+    a, b = (job.prepare(replace(small, seed=seed), globs) for seed in (0, 1))
+    assert all(torch.equal(a.windows[d], b.windows[d]) for d in globs)
+    assert all(a.train[d]["text"] == b.train[d]["text"] for d in globs)
+
+
+def test_the_shipped_checkpoint_is_not_judged_on_what_it_has_seen(small, capsys):
+    assert main(["frontier", "--share", "0.1", "--out", small.out]) == 2
+    assert "one split" in capsys.readouterr().err and not job.Path(small.out).exists()
+
+
+def test_a_job_without_a_measured_point_is_no_success(globs, small, capsys):
+    data = [x for d,g in globs.items() for x in ("--data", f"{d}={g}")]
+    assert main(["frontier", *data, "--widths", "7", "--steps", "2", "--warmup", "1", "--batch", "2", "--length", "64", "--threads", "1", "--out", small.out]) == 1
+    assert "2 points, 0 measured" in capsys.readouterr().out
 
 
 def test_too_little_text_is_refused(tmp_path, capsys):

@@ -59,18 +59,17 @@ def _leaking(S, valid, tau):
     known = lambda s: train[np.searchsorted(train, s).clip(max=len(train)-1)] == s
     return [i for i in np.flatnonzero(valid) if known(S[i]).mean() >= tau]
 
-# %% ../../../nbs/data/split.ipynb #7c2d3100
+# %% ../../../nbs/data/split.ipynb #23e2299b
 def _draw(domain, cluster, size, share, rng):
-    "Documents of whole clusters, drawn at random until they hold `share` of the domain's bytes."
-    names = rng.permutation(np.unique(cluster))
+    "Documents of whole clusters, drawn at random, that hold at most `share` of the domain's bytes, or the smallest cluster."
+    names, each = rng.permutation(np.unique(cluster)), np.bincount(cluster, size)
     if len(names) < 2: raise ValueError(f"domain {domain!r} has {len(size)} document(s) in one cluster of near-duplicates; training and validation need at least two clusters: add text to it")
-    held, took = np.zeros(len(size), bool), 0
+    held, took, most = np.zeros(len(size), bool), 0, max(share*size.sum(), each[names].min())
     for c in names:
-        b = size[cluster == c].sum()
-        if took == 0 or took + b <= share*size.sum(): held |= cluster == c; took = size[held].sum()
+        if took + each[c] <= most: held |= cluster == c; took += each[c]
     return held
 
-# %% ../../../nbs/data/split.ipynb #14740daf
+# %% ../../../nbs/data/split.ipynb #ecf91ba2
 def split(
     corpus:dict, # domain -> Dataset with a column `text`
     share:float=0.05, # share of each domain's bytes that goes to validation

@@ -13,7 +13,7 @@ from pathlib import Path
 # %% ../../../nbs/engine/settings.ipynb #98a081b5
 def _in(section, default, help): return field(default=default, metadata=dict(section=section, help=help))
 
-# %% ../../../nbs/engine/settings.ipynb #c2b3ebdb
+# %% ../../../nbs/engine/settings.ipynb #eef942ce
 @dataclass(frozen=True)
 class Settings:
     "Every setting of `paretolab train` and `paretolab frontier`, with its default."
@@ -31,7 +31,7 @@ class Settings:
     decay:float = _in("train", 0.3, "share of the steps in which the learning rate falls to 0")
     every:int = _in("train", 100, "steps between commits")
     threads:int = _in("train", 0, "threads; 0: all cores")
-    seed:int = _in("train", 0, "of the weights, the split and the order of the text")
+    seed:int = _in("train", 0, "of the weights and the order of the text")
     widths:tuple = _in("frontier", (16, 8, 4, 3, 2), "bits of the linear layers, a point each")
     group:int = _in("frontier", 64, "weights that share a scale; 0: a row")
     quantizer:str = _in("frontier", "absmax.quantize", "module.attribute in paretolab.quantizers")

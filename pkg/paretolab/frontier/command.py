@@ -59,10 +59,10 @@ def _train(s, globs):
     (folder/"training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"the model is in {folder}")
 
-# %% ../../../nbs/frontier/command.ipynb #47a47149
+# %% ../../../nbs/frontier/command.ipynb #4cda9747
 def main(
     argv:list|None=None, # arguments; None: those of the process
-)->int: # exit code: 0 done, 2 refused
+)->int: # exit code: 0 done, 1 no point could be measured, 2 refused
     "The command `paretolab`."
     a = _parser().parse_args(argv)
     try:
@@ -77,6 +77,6 @@ def main(
         found = frontier(s, globs, a.full)
         for p in found:
             if p.failed: print(f"{p.name} failed: {p.failed}", file=sys.stderr)
-        print(f"{len(found)} points, {sum(not p.failed for p in found)} measured: open {s.out}/index.html")
-        return 0
-    except (ValueError, OSError) as e: print(f"paretolab: {e}", file=sys.stderr); return 2
+        print(f"{len(found)} points, {(good := sum(not p.failed for p in found))} measured: open {s.out}/index.html")
+        return 0 if good else 1
+    except (ValueError, OSError, FloatingPointError) as e: print(f"paretolab: {e}", file=sys.stderr); return 2

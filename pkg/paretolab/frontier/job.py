@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Text', 'prepare', 'train', 'load', 'measure', 'frontier']
 
-# %% ../../../nbs/frontier/job.ipynb #c84af962
-import hashlib, json, shutil, sys
+# %% ../../../nbs/frontier/job.ipynb #57b26f66
+import hashlib, json, math, shutil, sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -27,7 +27,20 @@ class Text:
     tokenizer:object # the shipped byte-level BPE
     nbytes:torch.Tensor # bytes each entry stands for, (V,)
 
-# %% ../../../nbs/frontier/job.ipynb #0cce8996
+# %% ../../../nbs/frontier/job.ipynb #f8493810
+def _check(s, globs):
+    "Refuse what can be known before any text is read."
+    from paretolab.models.mobilellm import mobilellm
+    from paretolab.quantizers.plan import resolve
+    resolve(s.quantizer); o = member("optimizers", s.optimizer)
+    if not (isinstance(o, type) and issubclass(o, torch.optim.Optimizer)): raise ValueError(f"optimizers.{s.optimizer} is no optimizer (got {o!r})")
+    if not globs and s.share != Settings.share: raise ValueError(f"the text of the package has one split, share={Settings.share}: with another, the shipped checkpoint would be judged on text it has seen (got share={s.share}); a share is for your own text")
+    if s.length > (most := mobilellm(s.shape).context): raise ValueError(f"shape {s.shape!r} reads at most {most} tokens (got length={s.length})")
+    if s.batch < 1 or s.length < 1 or s.windows < 1 or s.steps < 0: raise ValueError(f"a job needs a batch, a length and windows of at least 1, and no fewer than 0 steps (got batch={s.batch}, length={s.length}, windows={s.windows}, steps={s.steps})")
+    if not 0 < s.seconds < math.inf: raise ValueError(f"the training time is a positive number of seconds (got seconds={s.seconds})")
+    if len(set(s.widths)) < len(s.widths) or not all(0 < b <= 16 for b in s.widths): raise ValueError(f"widths are different numbers of bits, up to 16 (got widths={s.widths})")
+
+# %% ../../../nbs/frontier/job.ipynb #21b511f4
 def prepare(
     s:Settings, # all settings
     globs:dict|None=None, # domain -> glob of the user's files; None: the corpus of the package
@@ -35,13 +48,14 @@ def prepare(
     "Split, tokenize and cut the text of a job."
     from paretolab.data import corpus, split, tokens
     from paretolab.engine.evaluate import windows
-    train, valid = split.split(corpus.from_files(globs) if globs else corpus.load("tiny"), s.share, s.seed)
+    _check(s, globs)
+    train, valid = split.split(corpus.from_files(globs) if globs else corpus.load("tiny"), s.share)
     tok, folder = tokens.tokenizer(), Path(s.out)/"tokens"
     T, V = (tokens.build(c, tok, folder/part) for part,c in (("train", train), ("valid", valid)))
     mass = {d: len(t)**s.temperature for d,t in T.items()}
     return Text(train, valid, T, windows(V, s.length, s.windows), {d: m/sum(mass.values()) for d,m in mass.items()}, tok, torch.from_numpy(tokens.token_bytes(tok)))
 
-# %% ../../../nbs/frontier/job.ipynb #7ab448a5
+# %% ../../../nbs/frontier/job.ipynb #6dcdf54c
 def _make(s, text):
     "A fresh model, stream and optimizer."
     from paretolab.data.stream import MixedStream
@@ -51,18 +65,20 @@ def _make(s, text):
     optimizer = member("optimizers", s.optimizer)(model.named_parameters(), lr=s.lr, weight_decay=s.weight_decay)
     return model, MixedStream(text.tokens, text.weights, s.batch, s.length, s.seed), optimizer
 
-# %% ../../../nbs/frontier/job.ipynb #0852eb20
+# %% ../../../nbs/frontier/job.ipynb #d637606f
 def _steps(s, text, run):
     "Steps of this run: as asked, as written down before, or as many as fit into the time."
     from paretolab.engine.fit import fit
     if s.steps: return s.steps
     if not (note := run/"steps.json").exists():
+        shutil.rmtree(run/"timing", ignore_errors=True)                       # left by a process that was killed
         r = fit(*_make(s, text), lambda t: 1., steps=5, run=run/"timing")
-        run.mkdir(parents=True, exist_ok=True); shutil.rmtree(run/"timing")
-        note.write_text(json.dumps(max(s.warmup + 1, int(s.seconds*4/(r[-1]["seconds"] - r[0]["seconds"])))))
+        shutil.rmtree(run/"timing")
+        (part := run/"steps.part").write_text(json.dumps(max(s.warmup + 1, int(s.seconds*4/max(r[-1]["seconds"] - r[0]["seconds"], 1e-3)))))
+        part.replace(note)
     return json.loads(note.read_text())
 
-# %% ../../../nbs/frontier/job.ipynb #b4e3441f
+# %% ../../../nbs/frontier/job.ipynb #987e713a
 def train(
     s:Settings, # all settings
     text:Text, # from `prepare`
@@ -72,7 +88,8 @@ def train(
     from paretolab.engine.schedules import wsd
     if s.threads: torch.set_num_threads(s.threads)
     shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every")}
-    key = hashlib.sha256(json.dumps([shaping, {d: len(t) for d,t in text.tokens.items()}]).encode()).hexdigest()[:10]
+    identity = {d: json.loads(t.path.with_suffix(".json").read_text())["identity"] for d,t in text.tokens.items()}
+    key = hashlib.sha256(json.dumps([shaping, identity]).encode()).hexdigest()[:10]
     run = Path(s.out)/"training"/f"{s.shape}-{key}"
     model, stream, optimizer = _make(s, text)
     steps = _steps(s, text, run)
@@ -83,7 +100,7 @@ def train(
     state = held(v for p in optimizer.state.values() for v in p.values() if torch.is_tensor(v))
     return model, dict(shape=s.shape, optimizer=s.optimizer, mixture=text.weights, tokens=log[-1]["tokens"], train_seconds=round(seconds, 1), training_state_bytes=2*held(model.parameters()) + state, seed=s.seed)
 
-# %% ../../../nbs/frontier/job.ipynb #f904d218
+# %% ../../../nbs/frontier/job.ipynb #6352d072
 def load(
     folder:str|Path, # a model of this job: `models/<name>` under its output folder
 ): # `MobileLLM` with 32-bit weights
@@ -94,7 +111,7 @@ def load(
     if not (folder/"lowbit.safetensors").exists(): return hf.load(folder)
     return plan.restore(mobilellm.MobileLLM(hf.shape(folder)), lowbit.load(folder/"lowbit.safetensors")[0])
 
-# %% ../../../nbs/frontier/job.ipynb #8aa3fef0
+# %% ../../../nbs/frontier/job.ipynb #a50a0c31
 def _ship(model, folder, bits, group, embed_bits, s, text):
     "Write the model at a width; the bytes of its weights on disk."
     from paretolab.models import hf
@@ -107,7 +124,7 @@ def _ship(model, folder, bits, group, embed_bits, s, text):
     (folder/"model.safetensors").unlink()
     return (folder/"lowbit.safetensors").stat().st_size
 
-# %% ../../../nbs/frontier/job.ipynb #03b6b9cd
+# %% ../../../nbs/frontier/job.ipynb #abb18e4c
 def measure(
     name:str, # of the point and its folder
     model, # trained, with 32-bit weights
@@ -133,7 +150,7 @@ def measure(
             decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, **record)
     except (ValueError, RuntimeError, OSError, MemoryError) as e: return Point(name=name, bits=float(bits), failed=str(e) or type(e).__name__, **record)
 
-# %% ../../../nbs/frontier/job.ipynb #81693539
+# %% ../../../nbs/frontier/job.ipynb #85185e93
 def frontier(
     s:Settings, # all settings
     globs:dict|None=None, # domain -> glob of the user's files; None: the corpus of the package
@@ -147,11 +164,13 @@ def frontier(
     say("text: splitting and tokenizing"); text = prepare(s, globs)
     say(f"reference lines: compressors and an n-gram model, on {sum(map(len, text.valid.values()))} held-out documents")
     lines = reference_lines(text.train, text.valid, text.tokens, text.windows, text.nbytes)
-    say(f"training a model of shape {s.shape}"); model, record = train(s, text)
+    say(f"training a model of shape {s.shape}")
+    try: model, record = train(s, text)
+    except FloatingPointError as e: model, record = None, dict(shape=s.shape, optimizer=s.optimizer, mixture=text.weights, seed=s.seed, failed=str(e))
     pretrained = (hf.load(hf.shipped()), json.loads((hf.shipped()/"training.json").read_text()))
     jobs = [(f"{who}-{b:g}bit", m, r, b, {}) for who,(m,r) in (("mine", (model, record)), ("shipped", pretrained)) for b in s.widths]
     if full: jobs += [(f"{who}-{b:g}bit-g{g}-e{e}", m, r, b, dict(group=g, embed_bits=e)) for who,m,r,b,_ in [(n.split("-")[0], *rest) for n,*rest in jobs] if b != 16 for g in (32, 0) for e in (8, 4)]
-    found = [measure(name, m, r, b, s, text, **more) for name,m,r,b,more in tqdm(jobs, desc="points", unit="point", disable=None)]
+    found = [measure(name, m, r, b, s, text, **more) if m else Point(name=name, bits=float(b), **r) for name,m,r,b,more in tqdm(jobs, desc="points", unit="point", disable=None)]
     table.write(found, out/"points.parquet")
     report.write(found, lines, out/"index.html", note=f"{len(text.windows)} domains, {sum(len(w) for w in text.windows.values())} held-out windows of {s.length} tokens; text: {'corpus tiny' if not globs else ', '.join(globs)}.")
     report.picture(found, lines, out/"frontier.svg")

@@ -37,14 +37,14 @@ def _check(p):
     mean = sum(p.bpb.values())/len(p.bpb)
     if not math.isclose(mean, p.bpb_macro, rel_tol=1e-6): raise ValueError(f"point {p.name!r}: bpb_macro is the mean of bpb over domains, {mean:.6f} (got {p.bpb_macro})")
 
-# %% ../../../nbs/frontier/points.ipynb #5344e8f7
+# %% ../../../nbs/frontier/points.ipynb #65f38262
 @dataclass(frozen=True, kw_only=True)
 class Point:
     "One trained and compressed model: a row of the table."
     name: str                               # its folder's name, unique in a table
     shape: str = ""                         # name of the model's shape
     parameters: int|None = None             # shared ones counted once
-    bits: float|None = None                 # asked for per weight, mean over the plan; 16 = not quantized
+    bits: float|None = None                 # of the linear layers; 16 = not quantized
     quantizer: str = ""                     # "absmax.quantize"; empty = none
     optimizer: str = ""                     # "adamw.AdamW"
     mixture: dict = field(default_factory=dict)   # domain -> weight in training, mean over steps
