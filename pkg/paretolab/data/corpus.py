@@ -76,7 +76,12 @@ def _documents(path):
         cut = pieces(t) if t else [""]
         yield from ((where + (f"#{k}" if len(cut) > 1 else ""), p) for k,p in enumerate(cut))
 
-# %% ../../../nbs/data/corpus.ipynb #a5a88578
+# %% ../../../nbs/data/corpus.ipynb #1c73bb85
+def _check_name(domain):
+    "Domains become file names."
+    if not (isinstance(domain, str) and re.fullmatch(r"[\w-]+", domain)): raise ValueError(f"a domain's name is made of letters, digits, '_' and '-' (got {domain!r})")
+
+# %% ../../../nbs/data/corpus.ipynb #865d33c4
 def from_files(
     globs:dict[str,str], # domain -> glob of .txt, .md, .jsonl and .parquet files; `~` and `**` work
 )->dict: # domain -> `datasets.Dataset` with columns `text` and `source`
@@ -85,7 +90,7 @@ def from_files(
     if not globs: raise ValueError("a corpus needs at least one domain (got none); pass for example {'mine': '~/notes/**/*.md'}")
     corpus = {}
     for domain,pattern in globs.items():
-        if not re.fullmatch(r"[\w-]+", domain): raise ValueError(f"a domain's name is made of letters, digits, '_' and '-' (got {domain!r})")
+        _check_name(domain)
         found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(p))
         odd = [p.name for p in found if p.suffix.lower() not in (".txt", ".md", ".jsonl", ".parquet")]
         if odd: raise ValueError(f"domain {domain!r}: .txt, .md, .jsonl and .parquet files are read (got {len(odd)} others, first {odd[0]!r}); narrow the glob {pattern!r}")
@@ -97,7 +102,7 @@ def from_files(
         corpus[domain] = Dataset.from_dict(dict(text=[t for _,t in docs], source=[s for s,_ in docs]))
     return corpus
 
-# %% ../../../nbs/data/corpus.ipynb #5666eae7
+# %% ../../../nbs/data/corpus.ipynb #72443f0a
 def from_hub(
     repos:dict[str,tuple[str,str]], # domain -> (repository, revision: a commit hash)
     documents:int=10_000, # documents to take from each, in the repository's order
@@ -106,6 +111,7 @@ def from_hub(
     from datasets import Dataset, load_dataset
     corpus = {}
     for domain,(repo,revision) in repos.items():
+        _check_name(domain)
         if not re.fullmatch(r"[0-9a-f]{40}", revision): raise ValueError(f"domain {domain!r}: the revision is a commit hash of 40 hexadecimal digits, so that the text stays the same (got {revision!r})")
         rows = list(load_dataset(repo, revision=revision, split="train", streaming=True).take(documents))
         bare = next((i for i,r in enumerate(rows) if not isinstance(r.get("text"), str)), None)

@@ -92,11 +92,12 @@ def _whole(path):
     try: return bool(read(path))
     except ValueError: return False
 
-# %% ../../../nbs/engine/commits.ipynb #8eef1866
+# %% ../../../nbs/engine/commits.ipynb #b955ec8f
 def latest(
     folder:str|Path, # where the run's commits lie
 ): # (tensors, state) of the newest whole commit, or None
-    "Load the newest commit; a damaged one is named in a warning and the one before it is taken."
-    for path in reversed(commits(folder)):
+    "Load the newest commit; a damaged one is named in a warning and the one before it is taken. Raises if none is whole."
+    for path in (found := commits(folder))[::-1]:
         try: return read(path)
         except ValueError as e: warnings.warn(f"{e}; going back to the commit before it")
+    if found: raise ValueError(f"none of the {len(found)} commits in {folder} is whole; move the run's folder away to start it again")
