@@ -46,13 +46,14 @@ def _mix(x, key):
     x = ((x ^ x >> 27)*0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return x ^ x >> 31
 
-# %% ../../../nbs/data/stream.ipynb #9eed2d79
+# %% ../../../nbs/data/stream.ipynb #dc3d5fd7
 def shuffled(
     i:int, # position in the epoch, 0 <= i < N
     N:int, # windows
     key:int, # which of the permutations
 )->int: # the window at that position
     "Position `i` of a pseudorandom permutation of `range(N)`, without the permutation."
+    if not 0 <= i < N: raise ValueError(f"a position lies in 0 to {N-1} (got {i})")
     h = max((N - 1).bit_length() + 1, 2)//2
     while True:
         a, b = i >> h, i & (1 << h) - 1
@@ -60,7 +61,7 @@ def shuffled(
         i = a << h | b
         if i < N: return i
 
-# %% ../../../nbs/data/stream.ipynb #39c1f452
+# %% ../../../nbs/data/stream.ipynb #0b7f6437
 class MixedStream:
     "Batches of windows from several domains, in asked proportions."
     def __init__(self,
@@ -113,5 +114,8 @@ class MixedStream:
     def load_state_dict(self, s):
         for k,v in self.state_dict().items():
             if k not in self.state and s.get(k) != v: raise ValueError(f"the saved stream has {k}={s.get(k)!r} but this one has {v!r}; a run goes on only on the same stream")
+        D, whole = len(self.domains), lambda k: isinstance(s.get(k), list) and len(s[k]) == D and all(type(x) is int for x in s[k])
+        if bad := [k for k in ("weights", "carry", "epoch", "at") if not whole(k)]: raise ValueError(f"the saved stream's {bad[0]} is not a list of {D} whole numbers, one a domain (got {s.get(bad[0])!r})")
+        if min(s["weights"]) < 0 or sum(s["weights"]) != ONE or sum(s["carry"]) != 0 or min(s["at"] + s["epoch"]) < 0: raise ValueError(f"the saved stream's state is not one a stream can be in: weights have to sum to {ONE} and carries to 0 (got {sum(s['weights'])} and {sum(s['carry'])})")
         self.state, self.ahead = {k: s[k] for k in self.state}, None
     def close(self): self.thread.shutdown()

@@ -118,7 +118,7 @@ def _scaled(optimizer, η):
     finally:
         for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
 
-# %% ../../../nbs/engine/fit.ipynb #6f87ae09
+# %% ../../../nbs/engine/fit.ipynb #620f3404
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place
     stream, # a `MixedStream`
@@ -134,13 +134,15 @@ def fit(
     patience:int=10, # non-finite steps in a row that end the run
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
-    if steps < 1 or accumulate < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0 (got {steps=}, {accumulate=}, {every=}, {clip=})")
+    if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
     run, records = Path(run), []
     counts = _unpack(saved, model, optimizer, stream, hooks) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
+    if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
     with _log(run/"log.jsonl", counts["step"]) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=None) as bar:
         for step in range(counts["step"], steps):
-            with _scaled(optimizer, η := schedule(step)): record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)
+            if not 0 <= (η := schedule(step)) < math.inf: raise ValueError(f"a schedule gives a finite multiplier of at least 0 (got {η} at step {step})")
+            with _scaled(optimizer, η): record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)
             counts = dict(step=step + 1, skipped=counts["skipped"] + (not good), row=0 if good else counts["row"] + 1)
             records.append(record := {**record, "lr": η*optimizer.param_groups[0]["lr"], "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
             log.write(json.dumps(record) + "\n"); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)

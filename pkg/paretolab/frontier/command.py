@@ -32,18 +32,18 @@ def preset(
     if name != "tiny": raise ValueError(f"the only preset is 'tiny', the shipped checkpoint (got {name!r})")
     return replace(Settings(), shape="tiny", steps=1700, batch=8, warmup=100, threads=1, out="runs/tiny")
 
-# %% ../../../nbs/frontier/command.ipynb #933deba4
+# %% ../../../nbs/frontier/command.ipynb #0639035a
 def _parser():
-    top = argparse.ArgumentParser(prog="paretolab", description="The best small language model for a budget, and what each choice costs.")
+    top = argparse.ArgumentParser(prog="paretolab", allow_abbrev=False, description="The best small language model for a budget, and what each choice costs.")
     top.add_argument("--version", action="version", version=__version__)
     subs = top.add_subparsers(dest="command", required=True, metavar="frontier | train")
     for name,help in (("frontier", "train, compress, measure, and draw the frontier"), ("train", "train one model")):
-        sub = subs.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub = subs.add_parser(name, allow_abbrev=False, help=help, description=help[0].upper() + help[1:] + ".")
         sub.add_argument("--data", action="append", default=[], metavar="NAME=GLOB", help="your text as a domain; may be given several times")
         sub.add_argument("--settings", metavar="PATH", help="an .ini file with the sections corpus, model, train, frontier")
         if name == "frontier": sub.add_argument("--full", action="store_true", help="more points: other groups, a 4-bit embedding")
         else: sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny")
-        for f in fields(Settings): sub.add_argument("--" + f.name.replace("_", "-"), dest="set_" + f.name, metavar=f.type.__name__, help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
+        for f in fields(Settings): sub.add_argument("--" + f.name.replace("_", "-"), dest="set_" + f.name, metavar="numbers" if f.type is tuple else f.type.__name__, help=f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})".replace("%", "%%"))
     return top
 
 # %% ../../../nbs/frontier/command.ipynb #a4e93017

@@ -37,7 +37,7 @@ def _check(p):
     mean = sum(p.bpb.values())/len(p.bpb)
     if not math.isclose(mean, p.bpb_macro, rel_tol=1e-6): raise ValueError(f"point {p.name!r}: bpb_macro is the mean of bpb over domains, {mean:.6f} (got {p.bpb_macro})")
 
-# %% ../../../nbs/frontier/points.ipynb #65f38262
+# %% ../../../nbs/frontier/points.ipynb #195e4575
 @dataclass(frozen=True, kw_only=True)
 class Point:
     "One trained and compressed model: a row of the table."
@@ -51,7 +51,7 @@ class Point:
     tokens: int|None = None                 # trained on
     train_seconds: float|None = None        # wall time
     training_state_bytes: int|None = None   # weights, gradients and optimizer state at their peak
-    model_bytes: int|None = None            # files on disk
+    model_bytes: int|None = None            # the weights file on disk, header included
     bpb_macro: float|None = None            # mean over domains, bits per byte
     bpb: dict = field(default_factory=dict) # domain -> bits per byte
     decode_tokens_per_s: float|None = None  # one sequence, after the prompt
