@@ -1,5 +1,5 @@
 import lzma, math
-from collections import Counter, defaultdict
+from collections import Counter
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from paretolab.engine.evaluate import macro

@@ -96,7 +96,7 @@ def from_files(
         if odd: raise ValueError(f"domain {domain!r}: .txt, .md, .jsonl and .parquet files are read (got {len(odd)} others, first {odd[0]!r}); narrow the glob {pattern!r}")
         docs = [d for p in found for d in _documents(p)]
         empty = [s for s,t in docs if not t.strip()]
-        if empty: warnings.warn(f"domain {domain!r}: {len(empty)} of {len(docs)} documents hold no text and are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
+        if empty: warnings.warn(f"domain {domain!r}: {len(empty)} of {len(docs)} documents hold no text and are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}", stacklevel=2)
         docs = [(s,t) for s,t in docs if t.strip()]
         if not docs: raise ValueError(f"domain {domain!r} is empty: {len(found)} files match {pattern!r} and none holds text")
         corpus[domain] = Dataset.from_dict(dict(text=[t for _,t in docs], source=[s for s,_ in docs]))

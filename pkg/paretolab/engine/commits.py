@@ -8,7 +8,6 @@ __all__ = ['commit', 'commits', 'read', 'latest']
 # %% ../../../nbs/engine/commits.ipynb #39d37855
 import errno, hashlib, json, os, re, shutil, warnings
 from pathlib import Path
-import torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
@@ -99,5 +98,5 @@ def latest(
     "Load the newest commit; a damaged one is named in a warning and the one before it is taken. Raises if none is whole."
     for path in (found := commits(folder))[::-1]:
         try: return read(path)
-        except ValueError as e: warnings.warn(f"{e}; going back to the commit before it")
+        except ValueError as e: warnings.warn(f"{e}; going back to the commit before it", stacklevel=2)
     if found: raise ValueError(f"none of the {len(found)} commits in {folder} is whole; move the run's folder away to start it again")

@@ -58,7 +58,7 @@ def _check(was, now, s, optimizer, hooks):
     for i,(a,b) in enumerate(zip(old, new)):
         if odd := sorted(k for k in a | b if a.get(k) != b.get(k)): raise ValueError(f"the run was saved with {odd[0]}={a.get(odd[0])!r} in the optimizer's group {i} (got {b.get(odd[0])!r}); pass the same optimizer or use another run folder")
     if len(s["hooks"]) != len(hooks): raise ValueError(f"the run was saved with {len(s['hooks'])} hooks (got {len(hooks)}); pass the same ones")
-    if s["build"] != _build(): warnings.warn(f"the run goes on under {_build()} but was saved under {s['build']}: from here it is not the same bit for bit")
+    if s["build"] != _build(): warnings.warn(f"the run goes on under {_build()} but was saved under {s['build']}: from here it is not the same bit for bit", stacklevel=2)
 
 # %% ../../../nbs/engine/fit.ipynb #1db609cf
 def _unpack(saved, model, optimizer, stream, hooks):

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .shape import Shape, mobilellm
+from .shape import Shape, mobilellm # noqa: F401
 from .linear import Linear, linear
 
 # %% ../../../nbs/models/mobilellm.ipynb #0fa4c9ab

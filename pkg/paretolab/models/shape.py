@@ -6,7 +6,7 @@
 __all__ = ['Shape', 'mobilellm']
 
 # %% ../../../nbs/models/shape.ipynb #afe4f409
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 # %% ../../../nbs/models/shape.ipynb #9f68a466
 @dataclass(frozen=True)
