@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['prepare', 'train', 'load', 'measure', 'frontier']
 
-# %% ../../../nbs/frontier/job.ipynb #57b26f66
+# %% ../../../nbs/frontier/job.ipynb #95b479ef
 import hashlib, json, math, shutil, sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from tqdm import tqdm
