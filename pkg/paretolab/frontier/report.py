@@ -40,7 +40,7 @@ def _spread(y, gap):
     shift = sum(out[i] - y[i] for i in order)/max(len(y), 1)
     return [o - shift for o in out]
 
-# %% ../../../nbs/frontier/report.ipynb #8f0856f4
+# %% ../../../nbs/frontier/report.ipynb #d3cf1db0
 class _Frame:
     "Points, references, ranges and labels of one view: the mean, or one domain."
     def __init__(self, points, references, domain=None):
@@ -53,8 +53,9 @@ class _Frame:
         self.q = lambda bpb: macro(bpb) if domain is None else bpb[domain]
         self.lines = {k: self.q(r) for k,r in references.items()}
         self.best, q = frontier(points, domain), [self.q(p.bpb) for p in self.points]
-        top = max(self.lines.values(), default=0)*1.06 or max(q, default=2)
-        self.top = max(top, 1.06*min(q, default=0))
+        runs = {}                                              # the best of each training run
+        for p,x in zip(self.points, q): k = (p.shape, p.optimizer, p.tokens, p.seed); runs[k] = min(x, runs.get(k, x))
+        self.top = 1.06*max([*self.lines.values(), *runs.values()], default=2)
         self.bottom = min([*q, *self.lines.values(), self.top]) - .05*self.top
         s = [p.model_bytes for p in self.points] or [10**6]
         pad = 1.25 if max(s) > 4*min(s) else 1.6               # so that one of 1, 2, 5, 10, … is always in range
