@@ -107,6 +107,9 @@ def finish(site, stage):
     shutil.copytree(ROOT/"docs"/"katex", lib/"katex")
     shutil.copy(Path(plotly.__file__).parent/"package_data"/"plotly.min.js", lib)
     shutil.copy(ROOT/"docs"/"figures.js", lib)
+    for src in NBS.rglob("*.svg"):                          # pictures that a page names in HTML, which smalldocs leaves out
+        (to := site/src.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(src, to)
     for src in (stage/"source").rglob("*.py"):
         to = site/src.relative_to(stage).with_suffix(".py.html")
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['commit', 'commits', 'read', 'latest']
 
-# %% ../../../nbs/engine/commits.ipynb #39d37855
+# %% ../../../nbs/engine/commits.ipynb #2b6e11d2
 import errno, hashlib, json, os, re, shutil, warnings
 from pathlib import Path
 from safetensors import safe_open, SafetensorError
@@ -91,7 +91,7 @@ def _whole(path):
     try: return bool(read(path))
     except ValueError: return False
 
-# %% ../../../nbs/engine/commits.ipynb #b955ec8f
+# %% ../../../nbs/engine/commits.ipynb #c73f1803
 def latest(
     folder:str|Path, # where the run's commits lie
 ): # (tensors, state) of the newest whole commit, or None
