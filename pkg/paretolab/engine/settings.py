@@ -20,6 +20,7 @@ class Settings:
     share:float = _in("corpus", 0.05, "share of each domain's text held out for validation")
     temperature:float = _in("corpus", 0.5, "weights of the domains are their tokens to this power: 1 proportional, 0 uniform")
     shape:str = _in("model", "nano", "shape that is trained, a name of models.shape.mobilellm")
+    start:str = _in("train", "", "folder of a model to train on, in the Llama layout; empty: new weights")
     steps:int = _in("train", 0, "training steps; 0: as many as `seconds` allow")
     seconds:float = _in("train", 90.0, "training time where `steps` is 0")
     batch:int = _in("train", 4, "sequences in a batch")

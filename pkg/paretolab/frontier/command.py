@@ -26,11 +26,13 @@ def domains(
 
 # %% ../../../nbs/frontier/command.ipynb #17ad34c7
 def preset(
-    name:str, # "tiny"
+    name:str, # "tiny", from new weights; "tiny-on", from the model that "tiny" leaves
 )->Settings: # a complete recipe
     "The settings of a recipe that is part of the package."
-    if name != "tiny": raise ValueError(f"the only preset is 'tiny', the shipped checkpoint (got {name!r})")
-    return replace(Settings(), shape="tiny", steps=1700, batch=8, warmup=100, threads=1, out="runs/tiny")
+    tiny = replace(Settings(), shape="tiny", steps=1700, batch=8, warmup=100, threads=1, out="runs/tiny")
+    presets = {"tiny": tiny, "tiny-on": replace(tiny, start="runs/tiny/model", steps=1600, decay=0.5, seed=1, out="runs/tiny-on")}
+    if name not in presets: raise ValueError(f"presets are {', '.join(presets)} (got {name!r})")
+    return presets[name]
 
 # %% ../../../nbs/frontier/command.ipynb #0639035a
 def _parser():
@@ -42,7 +44,7 @@ def _parser():
         sub.add_argument("--data", action="append", default=[], metavar="NAME=GLOB", help="your text as a domain; may be given several times")
         sub.add_argument("--settings", metavar="PATH", help="an .ini file with the sections corpus, model, train, frontier")
         if name == "frontier": sub.add_argument("--full", action="store_true", help="more points: other groups, a 4-bit embedding")
-        else: sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny")
+        else: sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny, tiny-on")
         for f in fields(Settings): sub.add_argument("--" + f.name.replace("_", "-"), dest="set_" + f.name, metavar="numbers" if f.type is tuple else f.type.__name__, help=f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})".replace("%", "%%"))
     return top
 

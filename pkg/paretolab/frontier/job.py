@@ -30,11 +30,13 @@ class Text:
 # %% ../../../nbs/frontier/job.ipynb #f8493810
 def _check(s, globs):
     "Refuse what can be known before any text is read."
+    from paretolab.models import hf
     from paretolab.models.mobilellm import mobilellm
     from paretolab.quantizers.plan import resolve
     resolve(s.quantizer); o = member("optimizers", s.optimizer)
     if not (isinstance(o, type) and issubclass(o, torch.optim.Optimizer)): raise ValueError(f"optimizers.{s.optimizer} is no optimizer (got {o!r})")
     if not globs and s.share != Settings.share: raise ValueError(f"the text of the package has one split, share={Settings.share}: with another, the shipped checkpoint would be judged on text it has seen (got share={s.share}); a share is for your own text")
+    if s.start and (was := hf.shape(s.start)) != mobilellm(s.shape): raise ValueError(f"training goes on with the same shape: {s.start} holds {was} and shape={s.shape!r} is {mobilellm(s.shape)}")
     if s.length > (most := mobilellm(s.shape).context): raise ValueError(f"shape {s.shape!r} reads at most {most} tokens (got length={s.length})")
     if s.batch < 1 or s.length < 1 or s.windows < 1 or s.steps < 0: raise ValueError(f"a job needs a batch, a length and windows of at least 1, and no fewer than 0 steps (got batch={s.batch}, length={s.length}, windows={s.windows}, steps={s.steps})")
     if not 0 < s.seconds < math.inf: raise ValueError(f"the training time is a positive number of seconds (got seconds={s.seconds})")
@@ -57,11 +59,12 @@ def prepare(
 
 # %% ../../../nbs/frontier/job.ipynb #6dcdf54c
 def _make(s, text):
-    "A fresh model, stream and optimizer."
+    "A model, new or trained before, its stream and optimizer."
     from paretolab.data.stream import MixedStream
+    from paretolab.models import hf
     from paretolab.models.mobilellm import MobileLLM, mobilellm
     torch.manual_seed(s.seed)
-    model = MobileLLM(mobilellm(s.shape))
+    model = hf.load(s.start) if s.start else MobileLLM(mobilellm(s.shape))
     optimizer = member("optimizers", s.optimizer)(model.named_parameters(), lr=s.lr, weight_decay=s.weight_decay)
     return model, MixedStream(text.tokens, text.weights, s.batch, s.length, s.seed), optimizer
 
@@ -87,11 +90,12 @@ def train(
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import wsd
     if s.threads: torch.set_num_threads(s.threads)
-    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every")}
+    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start")}
     identity = {d: json.loads(t.path.with_suffix(".json").read_text())["identity"] for d,t in text.tokens.items()}
+    model, stream, optimizer = _make(s, text)
+    if s.start: identity["start"] = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     key = hashlib.sha256(json.dumps([shaping, identity]).encode()).hexdigest()[:10]
     run = Path(s.out)/"training"/f"{s.shape}-{key}"
-    model, stream, optimizer = _make(s, text)
     steps = _steps(s, text, run)
     fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), steps=steps, run=run, every=s.every)
     log = [json.loads(l) for l in open(run/"log.jsonl")]
