@@ -8,6 +8,7 @@ from paretolab.data.corpus import load as corpus
 from paretolab.engine.settings import Settings, member, parse, read
 from paretolab.frontier import job, points
 from paretolab.frontier.command import domains, main, preset
+from paretolab.models import hf
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +134,20 @@ def test_the_shipped_recipe_is_the_one_recorded():
 def test_domains_need_a_name_and_a_glob():
     for bad in ("x", "=x", "x="):
         with pytest.raises(ValueError, match="NAME=GLOB"): domains([bad])
+
+
+def test_training_goes_on_from_a_saved_model(globs, small):
+    text = job.prepare(small, globs)
+    model, record = job.train(small, text)
+    folder = hf.save(model, job.Path(small.out)/"model", text.tokenizer)
+    (folder/"training.json").write_text(json.dumps(record))
+    on = replace(small, start=str(folder), lr=1e-9)
+    further, total = job.train(on, text)
+    for a,b in zip(hf.load(folder).parameters(), further.parameters()): assert (a - b).abs().max() < 1e-5 and a.dtype == b.dtype
+    assert total["tokens"] == 2*record["tokens"] and total["train_seconds"] >= record["train_seconds"]
+    with torch.no_grad(): model.norm.weight.mul_(2)
+    hf.save(model, folder, text.tokenizer)                          # other weights in the same folder: another run
+    other, _ = job.train(on, text)
+    assert not torch.equal(other.norm.weight, further.norm.weight)
+    with pytest.raises(ValueError, match="same shape.*'tiny'"): job.prepare(replace(on, shape="tiny"), globs)
+    with pytest.raises(ValueError, match="nowhere"): job.prepare(replace(on, start="nowhere"), globs)

@@ -95,6 +95,14 @@ def test_damaged_files_are_refused_and_built_again(tok, calm, tmp_path, name, da
     tokens.build(TEXT, tok, tmp_path, chunk=8)
     assert files(tmp_path) == calm
 
+def test_a_flipped_bit_is_found_when_the_file_is_looked_up_again(tok, calm, tmp_path):
+    tokens.build(TEXT, tok, tmp_path, chunk=8)
+    raw = bytearray((tmp_path/"a.tokens").read_bytes())
+    for bit in (0, 8*len(raw)//2 + 3, 8*len(raw) - 1):
+        (tmp_path/"a.tokens").write_bytes(bytes(b ^ (1 << bit % 8)*(i == bit//8) for i,b in enumerate(raw)))
+        tokens.build(TEXT, tok, tmp_path, chunk=8)
+        assert files(tmp_path) == calm
+
 def test_damaged_progress_starts_over(tok, calm, tmp_path):
     for n,damage in enumerate([lambda p, d: p.write_bytes(p.read_bytes()[:5]), lambda p, d: d.write_text("{"), lambda p, d: p.unlink(), lambda p, d: d.write_text("[1]")]):
         assert killed(("fsync", True), 7, TEXT, tok, tmp_path/str(n), 8)

@@ -47,6 +47,7 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                        'paretolab.data.tokens.Tokens.read': ('data/tokens.html#tokens.read', 'paretolab/data/tokens.py'),
                                        'paretolab.data.tokens._build_domain': ( 'data/tokens.html#_build_domain',
                                                                                 'paretolab/data/tokens.py'),
+                                       'paretolab.data.tokens._hash': ('data/tokens.html#_hash', 'paretolab/data/tokens.py'),
                                        'paretolab.data.tokens._identity': ('data/tokens.html#_identity', 'paretolab/data/tokens.py'),
                                        'paretolab.data.tokens._opens': ('data/tokens.html#_opens', 'paretolab/data/tokens.py'),
                                        'paretolab.data.tokens._record': ('data/tokens.html#_record', 'paretolab/data/tokens.py'),

@@ -67,6 +67,10 @@ def _record(path, identity):
     return r if isinstance(r, dict) and r.get("identity") == identity else None
 
 # %% ../../../nbs/data/tokens.ipynb #6c7ec68a
+def _hash(path):
+    "SHA-256 of a file."
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
 def _opens(path):
     try: return bool(Tokens(path))
     except ValueError: return False
@@ -77,7 +81,7 @@ def _build_domain(domain, ds, tok, folder, chunk):
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
     part, done, final = (folder/f"{domain}{s}" for s in (".part", ".progress.json", ".json"))
     identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
-    if _record(final, identity) and _opens(folder/f"{domain}.tokens"): return done.unlink(missing_ok=True)
+    if (r := _record(final, identity)) and _opens(whole := folder/f"{domain}.tokens") and _hash(whole) == r.get("sha256"): return done.unlink(missing_ok=True)
     at = _record(done, identity)
     if not at or not part.exists() or part.stat().st_size < at["bytes"]: at = dict(documents=0, bytes=0)
     with open(part, "r+b" if at["documents"] else "wb") as f:
@@ -92,7 +96,7 @@ def _build_domain(domain, ds, tok, folder, chunk):
     size = part.stat().st_size
     final.unlink(missing_ok=True)                             # a record never stands beside other tokens
     os.replace(part, folder/f"{domain}.tokens")
-    _write_json(final, dict(identity=identity, documents=len(ds), tokens=size//np.dtype(dtype).itemsize, dtype=np.dtype(dtype).name))
+    _write_json(final, dict(identity=identity, documents=len(ds), tokens=size//np.dtype(dtype).itemsize, dtype=np.dtype(dtype).name, sha256=_hash(folder/f"{domain}.tokens")))
     done.unlink()
 
 # %% ../../../nbs/data/tokens.ipynb #1c40a1be

@@ -136,6 +136,8 @@ def fit(
     "Train, commit, and resume what an earlier call with the same folder left."
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
     run, records = Path(run), []
+    try: json.dumps(held := [h.state_dict() for h in hooks if hasattr(h, "state_dict")])
+    except TypeError as e: raise ValueError(f"a hook's state goes into the commits as JSON (got {held!r}: {e}); give numbers, text, lists and dicts") from None
     counts = _unpack(saved, model, optimizer, stream, hooks) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()

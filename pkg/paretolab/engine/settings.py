@@ -81,7 +81,7 @@ def member(
 ): # the class or function itself
     "Import a member of a family by its name, from that family only."
     from importlib import import_module
-    if not re.fullmatch(r"[a-z]\w*\.[A-Za-z]\w*", name, re.ASCII): raise ValueError(f"a member of {family} is named module.attribute, as in 'adamw.AdamW' (got {name!r})")
+    if not (isinstance(name, str) and re.fullmatch(r"[a-z]\w*\.[A-Za-z]\w*", name, re.ASCII)): raise ValueError(f"a member of {family} is named module.attribute (got {name!r})")
     module, attribute = name.split(".")
     try: found = import_module(full := f"paretolab.{family}.{module}")
     except ModuleNotFoundError as e:

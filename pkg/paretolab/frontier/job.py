@@ -102,7 +102,9 @@ def train(
     seconds = sum(b["seconds"] - (a["seconds"] if b["seconds"] > a["seconds"] else 0) for a,b in zip([dict(seconds=0), *log], log))
     held = lambda ts: sum(t.numel()*t.element_size() for t in ts)
     state = held(v for p in optimizer.state.values() for v in p.values() if torch.is_tensor(v))
-    return model, dict(shape=s.shape, optimizer=s.optimizer, mixture=text.weights, tokens=log[-1]["tokens"], train_seconds=round(seconds, 1), training_state_bytes=2*held(model.parameters()) + state, seed=s.seed)
+    before = Path(s.start)/"training.json"                                    # of the model this run started from
+    was = json.loads(before.read_text()) if s.start and before.exists() else dict(tokens=0, train_seconds=0)
+    return model, dict(shape=s.shape, optimizer=s.optimizer, mixture=text.weights, tokens=was["tokens"] + log[-1]["tokens"], train_seconds=round(was["train_seconds"] + seconds, 1), training_state_bytes=2*held(model.parameters()) + state, seed=s.seed)
 
 # %% ../../../nbs/frontier/job.ipynb #6352d072
 def load(
@@ -144,13 +146,14 @@ def measure(
     from paretolab.models.generate import decode_speed
     try:
         folder, group, embed_bits = Path(s.out)/"models"/name, s.group if group is None else group, embed_bits or s.embed_bits
+        how = {} if bits == 16 else dict(group=group, embed_bits=float(embed_bits), quantizer=s.quantizer)
         size = _ship(model, folder, bits, group, embed_bits, s, text)
         small = load(folder)
         bpb, threads = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads()
         torch.set_num_threads(1)
         try: speed = decode_speed(small)
         finally: torch.set_num_threads(threads)
-        return Point(name=name, parameters=small.shape.parameters, bits=float(bits), quantizer="" if bits == 16 else s.quantizer, model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
+        return Point(name=name, parameters=small.shape.parameters, bits=float(bits), **how, model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
             decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, **record)
     except (ValueError, RuntimeError, OSError, MemoryError) as e: return Point(name=name, bits=float(bits), failed=str(e) or type(e).__name__, **record)
 

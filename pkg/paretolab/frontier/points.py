@@ -45,6 +45,8 @@ class Point:
     shape: str = ""                         # name of the model's shape
     parameters: int|None = None             # shared ones counted once
     bits: float|None = None                 # of the linear layers; 16 = not quantized
+    group: int|None = None                  # weights that share a scale; 0 = a row
+    embed_bits: float|None = None           # of the embedding
     quantizer: str = ""                     # "absmax.quantize"; empty = none
     optimizer: str = ""                     # "adamw.AdamW"
     mixture: dict = field(default_factory=dict)   # domain -> weight in training, mean over steps

@@ -6,13 +6,13 @@
 __all__ = ['resolve', 'model_bytes', 'uniform', 'compress', 'restore']
 
 # %% ../../../nbs/quantizers/plan.ipynb #0583a82d
-import re, torch
+import torch
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib import import_module
 from inspect import signature
 from math import prod
 from torch import nn, Tensor
+from ..engine.settings import member
 from .lowbit import LowBit, LEVELS
 
 # %% ../../../nbs/quantizers/plan.ipynb #25124378
@@ -20,17 +20,8 @@ def resolve(
     name:str, # "module.function" inside `paretolab.quantizers`
 )->Callable: # function of (w, bits, group)
     "The quantizer that `name` stands for."
-    if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*\.[A-Za-z][A-Za-z0-9_]*", name)):
-        raise ValueError(f"a quantizer is written module.function, as in absmax.quantize (got {name!r})")
-    module, attribute = name.split(".")
-    full = f"paretolab.quantizers.{module}"
-    try: m = import_module(full)
-    except ModuleNotFoundError as e:
-        if e.name != full: raise
-        raise ValueError(f"{full} does not exist; a quantizer is written module.function, as in absmax.quantize (got {name!r})") from e
-    f = getattr(m, attribute) if attribute in m.__all__ else None
-    if not callable(f) or list(signature(f).parameters)[:3] != ["w", "bits", "group"]:
-        raise ValueError(f"{full} has no function of (w, bits, group) with that name; it exports {', '.join(m.__all__)} (got {name!r})")
+    f = member("quantizers", name)
+    if not callable(f) or list(signature(f).parameters)[:3] != ["w", "bits", "group"]: raise ValueError(f"a quantizer is a function of (w, bits, group), as absmax.quantize is (got {name!r})")
     return f
 
 # %% ../../../nbs/quantizers/plan.ipynb #b841aa57
