@@ -83,13 +83,13 @@ def _log(path, step):
     os.replace(tmp, path)
     return open(path, "a")
 
-# %% ../../../nbs/engine/fit.ipynb #b46efa24
-def _gradient(model, tokens, accumulate):
-    "Add the gradient of the mean loss; ℓ."
+# %% ../../../nbs/engine/fit.ipynb #adb04909
+def _gradient(model, tokens, accumulate, a):
+    "Add the gradient of the mean loss, each sequence's times its weight a; ℓ."
     ℓ = []
-    for x in tokens.chunk(accumulate):
+    for x,w in zip(tokens.chunk(accumulate), a.chunk(accumulate)):
         part = losses(model, x); ℓ.append(part.detach())
-        (part.sum()/len(tokens)).backward()
+        ((w*part).sum()/len(tokens)).backward()
     return torch.cat(ℓ)
 
 # %% ../../../nbs/engine/fit.ipynb #693e6fb7
@@ -97,17 +97,18 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #f4857b13
+# %% ../../../nbs/engine/fit.ipynb #8a08a7fc
 def _step(step, model, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
-    ℓ = _gradient(model, tokens, accumulate)
+    α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
+    ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ])
     λ = _by_domain(ℓ, δ, stream.domains)
     _call(hooks, "on_losses", step, λ); _call(hooks, "on_gradients", step, model)
     norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip).item()
     if good := math.isfinite(norm) and bool(ℓ.isfinite().all()): optimizer.step()
     optimizer.zero_grad()
-    return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p), good
+    return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
 
 # %% ../../../nbs/engine/fit.ipynb #4dd648c4
 @contextmanager
@@ -118,13 +119,13 @@ def _scaled(optimizer, η):
     finally:
         for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
 
-# %% ../../../nbs/engine/fit.ipynb #620f3404
+# %% ../../../nbs/engine/fit.ipynb #f1e1b516
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place
     stream, # a `MixedStream`
     optimizer:torch.optim.Optimizer, # its learning rates are the unit of the schedule
     schedule, # step -> multiplier of the learning rates
-    hooks=(), # objects with any of on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
+    hooks=(), # objects with any of loss_weights(step, tokens, domain) -> {domain: weight} or None, on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
     *,
     steps:int, # steps in all, those before a resume included
     run:str|Path, # folder of the run, with log.jsonl and commits/; a run found in it is resumed
