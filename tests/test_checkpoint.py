@@ -25,6 +25,7 @@ def test_the_recorded_figures_are_those_of_a_fresh_measurement(tmp_path, pytestc
         for d,q in bpb.items(): assert abs(q - recorded[name][d]) < 1e-3, (name, d, q)   # other processors round otherwise; versions of xz and zstd move bytes
 
 
-def test_the_checkpoint_beats_the_usual_compressors(pytestconfig):
+def test_the_checkpoint_beats_every_reference_line(pytestconfig):
     mean = {k: macro(v) for k,v in json.loads((pytestconfig.rootpath/"bench/results/checkpoint.json").read_text())["bits_per_byte"].items()}
-    for name in ("xz", "zstd -19", "zstd -19, trained dictionary"): assert mean["shipped checkpoint"] < mean[name]
+    ours = mean.pop("shipped checkpoint")
+    assert len(mean) == 5 and ours < min(mean.values())

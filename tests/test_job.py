@@ -150,4 +150,4 @@ def test_training_goes_on_from_a_saved_model(globs, small):
     other, _ = job.train(on, text)
     assert not torch.equal(other.norm.weight, further.norm.weight)
     with pytest.raises(ValueError, match="same shape.*'tiny'"): job.prepare(replace(on, shape="tiny"), globs)
-    with pytest.raises(ValueError, match="nowhere"): job.prepare(replace(on, start="nowhere"), globs)
+    with pytest.raises(FileNotFoundError, match="nowhere is no model"): job.prepare(replace(on, start="nowhere"), globs)
