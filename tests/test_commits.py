@@ -184,3 +184,9 @@ def test_keeping_none_is_refused(tmp_path):
 
 @pytest.mark.parametrize("folder", [None, "nothing/here"])
 def test_no_commits_is_none(tmp_path, folder): assert C.latest(tmp_path/folder if folder else tmp_path) is None
+
+
+@pytest.mark.parametrize("stem", ["../evil", "a/b", "", "a.b"])
+def test_a_commit_stays_in_its_folder(tmp_path, stem):
+    with pytest.raises(ValueError, match="files of a commit are named"): C.commit(tmp_path/"c", 1, {stem: {"w": torch.zeros(1)}}, {})
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -36,20 +36,20 @@ def test_a_huge_paragraph_is_cut_in_linear_time(tmp_path):
 def parquet(path, **columns): pq.write_table(pa.table(columns), path)
 
 BAD = {
-    "bad utf-8": ("a.txt", b"good \xff bad", r"a\.txt is not UTF-8: byte 0xff at offset 5"),
-    "cut utf-8": ("a.md", "é".encode()[:1], r"a\.md is not UTF-8: byte 0xc3 at offset 0"),
-    "utf-16": ("a.txt", "text".encode("utf-16"), "is not UTF-8"),
+    "bad utf-8": ("a.txt", b"good \xff bad", r"a\.txt is not UTF-8 text: byte 0xff at offset 5"),
+    "cut utf-8": ("a.md", "é".encode()[:1], r"a\.md is not UTF-8 text: byte 0xc3 at offset 0"),
+    "utf-16": ("a.txt", "text".encode("utf-16"), "is not UTF-8 text"),
     "json: no object": ("a.jsonl", b'{"text": "a"}\n["text"]\n', r"a\.jsonl line 2 has no string under the key 'text'"),
     "json: no text": ("a.jsonl", b'{"Text": "a"}', "line 1 has no string under the key 'text'"),
     "json: number": ("a.jsonl", b'\n\n{"text": 3}', "line 3 has no string under the key 'text'"),
     "json: cut": ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2 is not JSON \(Unterminated string"),
     "json: half a character": ("a.jsonl", b'{"text": "\\ud800"}', "line 1 holds half of a surrogate pair"),
     "json: too deep": ("a.jsonl", b'{"text": "a"}\n' + b"["*100_000, "line 2 is nested too deep"),
-    "json: bad utf-8": ("a.jsonl", b'{"text": "\xe9"}', "is not UTF-8: byte 0xe9"),
+    "json: bad utf-8": ("a.jsonl", b'{"text": "\xe9"}', "is not UTF-8 text: byte 0xe9"),
     "parquet: no parquet": ("a.parquet", b"PAR1", "cannot be read as parquet with a column 'text'"),
     "parquet: empty": ("a.parquet", b"", "cannot be read as parquet"),
-    "other kind": ("a.pdf", b"%PDF", r"got 1 others, first 'a\.pdf'"),
-    "no text": ("a.txt", b" \n\t\n", "is empty: 1 files match"),
+    "other kind": ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf", r"a\.pdf is not UTF-8 text"),
+    "no text": ("a.txt", b" \n\t\n", "is empty: of the 1 files that match"),
 }
 
 @pytest.mark.parametrize("name, content, words", BAD.values(), ids=BAD)
@@ -90,7 +90,7 @@ def test_names_that_could_leave_the_folder_are_refused(tmp_path, domain):
 
 def test_no_domain_and_no_file(tmp_path):
     with pytest.raises(ValueError, match="at least one domain"): corpus.from_files({})
-    with pytest.raises(ValueError, match="'a' is empty: 0 files match"): corpus.from_files({"a": str(tmp_path/"*.txt")})
+    with pytest.raises(ValueError, match="'a': .* matches no file"): corpus.from_files({"a": str(tmp_path/"*.txt")})
 
 def test_order_home_and_kinds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))

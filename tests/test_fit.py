@@ -1,5 +1,5 @@
 """Runs killed at random and resumed to the bit, bad numbers from everywhere, and resumes that must not be."""
-import hashlib, json, math, os, random, signal, time, warnings
+import hashlib, json, math, os, random, shutil, signal, time, warnings
 
 import numpy as np, pytest, torch
 from paretolab.data.stream import MixedStream
@@ -175,7 +175,7 @@ def test_one_bad_number_costs_exactly_one_step(tmp_path, optimizer, where, value
     if where != "gradient": m.__class__, m.at, m.value = Spoiled, {7}, value
     moments = []
     class Watch:
-        def on_losses(self, step, per_domain): moments.append([v.clone() for st in o.state.values() for v in st.values()] + [flat(m)])
+        def loss_weights(self, step, tokens, domain): moments.append([v.clone() for st in o.state.values() for v in st.values()] + [flat(m)])   # the first thing in a step
     records = fit(m, s, o, cosine(12), [Watch(), Poison({7}, value, where)], steps=12, run=tmp_path)
     assert [i for i in range(11) if moments[i] and len(moments[i]) == len(moments[i+1]) and all(torch.equal(a, b) for a,b in zip(moments[i], moments[i+1]))] == [7]
     assert [r["skipped"] for r in records] == [0]*7 + [1]*5 and flat(m).isfinite().all()
@@ -209,7 +209,7 @@ def test_several_hooks_are_called_in_order_and_keep_their_states(tmp_path):
     x, y = Hook("x"), Hook("y"); y.n = 50
     fit(*make(seed=3), cosine(9), [x, object(), y], steps=5, run=tmp_path)
     assert x.n == y.n == 5
-    with pytest.raises(ValueError, match=r"saved with 3 hooks \(got 2\)"): fit(*make(), cosine(9), [x, y], steps=9, run=tmp_path)
+    with pytest.raises(ValueError, match=r"saved with 3 hooks, 2 of them with a state \(got 2, 2 "): fit(*make(), cosine(9), [x, y], steps=9, run=tmp_path)
 
 def test_the_record_shows_the_weights_its_batch_was_drawn_with(tmp_path):
     m, s, o = make()
@@ -268,3 +268,60 @@ def test_another_build_is_told(tmp_path, monkeypatch):
 def test_what_no_run_takes_is_refused(tmp_path, kw):
     with pytest.raises(ValueError, match=f"{next(iter(kw))}={next(iter(kw.values()))}"): fit(*make(), cosine(9), **{"steps": 9, **kw}, run=tmp_path/"run")
     assert not (tmp_path/"run").exists()
+
+# Forged and foreign commits
+
+def forge(folder, change):
+    "Rewrite the newest commit with hashes that fit."
+    path = commits.commits(folder/"commits")[-1]
+    tensors, state = commits.read(path)
+    change(tensors, state)
+    commits.commit(folder/"commits", int(path.name.split("-")[1]) + 1, tensors, state)
+
+def test_a_forged_commit_changes_nothing(tmp_path):
+    fit(*make(), cosine(9), steps=2, run=tmp_path/"a")
+    def moment(value): return lambda t, s: t["optimizer"].update({"0.exp_avg": value})
+    bad = {r"the shape \(2,\)": moment(torch.zeros(2)), "exp_avg of parameter 0 holds": moment(torch.full((64, 16), float("nan"))),
+        "names parameter '99'": lambda t, s: t["optimizer"].update({"99.exp_avg": torch.zeros(1)}),
+        "float16 and this model": lambda t, s: t["model"].update({k: v.half() for k,v in t["model"].items()}),
+        "holds numbers that are not finite": lambda t, s: next(iter(t["model"].values())).view(-1)[0].fill_(float("inf")),
+        r"whole numbers of at least 0.*-3": lambda t, s: s["counts"].update(step=-3), "whole numbers": lambda t, s: s.update(counts="2")}
+    for i,(says,change) in enumerate(bad.items()):
+        shutil.copytree(tmp_path/"a", run := tmp_path/str(i)); forge(run, change)
+        m, s, o = make(); before, at = flat(m).clone(), s.state_dict()
+        with pytest.raises(ValueError, match=says): fit(m, s, o, cosine(9), steps=5, run=run)
+        assert torch.equal(flat(m), before) and s.state_dict() == at and not o.state
+
+def test_state_keeps_its_type_and_the_made_groups_decide(tmp_path):
+    class Counting(torch.optim.SGD):
+        "Holds 8-bit state and counts in its groups, as schedule-free methods do."
+        def step(self, closure=None):
+            super().step(closure)
+            for g in self.param_groups:
+                g["k"] = g.get("k", 0) + 1
+                for p in g["params"]: self.state[p]["codes"] = torch.full(p.shape, g["k"], dtype=torch.int8)
+    def run(n):
+        m, s, _ = make(); o = Counting(m.parameters(), lr=.1)
+        return m, o, fit(m, s, o, cosine(9), steps=n, run=tmp_path/"b", every=1)
+    run(2); m, o, r = run(4)
+    assert len(r) == 2 and o.param_groups[0]["k"] == 4
+    assert all(v["codes"].dtype == torch.int8 and (v["codes"] == 4).all() for v in o.state.values())
+
+def test_hooks_hear_nothing_of_a_bad_step_and_the_log_is_json(tmp_path):
+    class Ear:
+        def __init__(self): self.heard = []
+        def on_losses(self, step, λ): assert all(math.isfinite(v) for v in λ.values()); self.heard.append((step, "losses"))
+        def on_gradients(self, step, model): assert all(p.grad.isfinite().all() for p in model.parameters()); self.heard.append((step, "gradients"))
+    m, s, o = make()
+    m.__class__, m.at, m.value = Spoiled, (3,), math.nan
+    fit(m, s, o, cosine(9), [ear := Ear()], steps=6, run=tmp_path)
+    lines = [json.loads(l, parse_constant=lambda c: pytest.fail(c)) for l in open(tmp_path/"log.jsonl")]
+    assert ear.heard == [(t, what) for t in (0, 1, 2, 4, 5) for what in ("losses", "gradients")]
+    assert lines[3]["loss"] is None and lines[-1]["skipped"] == 1
+
+@pytest.mark.parametrize("state", [dict(t=torch.zeros(2)), {1, 2}])
+def test_a_hook_whose_state_is_no_json_is_refused_at_once(tmp_path, state):
+    class Odd:
+        def state_dict(self): return state
+    with pytest.raises(ValueError, match="hook's state goes into the commits as JSON"): fit(*make(), cosine(9), [Odd()], steps=2, run=tmp_path)
+    assert not (tmp_path/"commits").exists()

@@ -149,6 +149,23 @@ def test_a_failed_read_arrives_in_next():
     assert json.dumps(s.state_dict()) == state
     s.close()
 
+def test_domains_of_one_length_are_read_in_different_orders():
+    s = stream([.5, .5], text=dict(a=Numbers(0, 900), b=Numbers(0, 900)))
+    firsts = {0: [], 1: []}
+    for _ in range(20):
+        x, d = next(s)
+        for i,t in zip(d.tolist(), x[:,0].tolist()): firsts[i].append(t)
+    assert firsts[0] != firsts[1]
+    s.close()
+
+@pytest.mark.parametrize("wrong, words", [(dict(carry=[10*ONE, -10*ONE, 0]), "carries to 0 and lie between"), (dict(carry=[1, 0, 0]), "carries to 0"), (dict(step=-5), "step is a whole"), (dict(step=None), "step is a whole"),
+    (dict(at=[10**6, 0, 0]), "'a' of the saved stream is at window 1000000"), (dict(at=[0, -1, 0]), "window -1"), (dict(epoch=[-1, 0, 0]), "of epoch -1")])
+def test_a_state_no_stream_can_be_in_is_refused_unchanged(wrong, words):
+    s = stream(); before = json.dumps(s.state_dict())
+    with pytest.raises(ValueError, match=words): s.load_state_dict({**s.state_dict(), **wrong})
+    assert json.dumps(s.state_dict()) == before
+    s.close()
+
 def test_close_ends_the_thread():
     s = stream()
     next(s)

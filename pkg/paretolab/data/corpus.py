@@ -39,7 +39,7 @@ def pieces(
 def _decode(path, raw):
     try: return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte {raw[e.start]:#04x} at offset {e.start}; convert it (for example with iconv) or leave it out") from None
+        raise ValueError(f"{path} is not UTF-8 text: byte {raw[e.start]:#04x} at offset {e.start}; convert it (for example with iconv), or narrow the glob") from None
 
 # %% ../../../nbs/data/corpus.ipynb #d983fa37
 def _row(path, n, line):
@@ -77,28 +77,28 @@ def _documents(path):
         yield from ((where + (f"#{k}" if len(cut) > 1 else ""), p) for k,p in enumerate(cut))
 
 # %% ../../../nbs/data/corpus.ipynb #1c73bb85
-def _check_name(domain):
+def check_name(domain):
     "Domains become file names."
     if not (isinstance(domain, str) and re.fullmatch(r"[\w-]+", domain)): raise ValueError(f"a domain's name is made of letters, digits, '_' and '-' (got {domain!r})")
 
 # %% ../../../nbs/data/corpus.ipynb #865d33c4
 def from_files(
-    globs:dict[str,str], # domain -> glob of .txt, .md, .jsonl and .parquet files; `~` and `**` work
+    globs:dict[str,str], # domain -> glob; .jsonl and .parquet files hold documents, any other file is one of UTF-8 text; `~` and `**` work
 )->dict: # domain -> `datasets.Dataset` with columns `text` and `source`
     "A corpus from files on this machine."
     from datasets import Dataset
-    if not globs: raise ValueError("a corpus needs at least one domain (got none); pass for example {'mine': '~/notes/**/*.md'}")
+    if not globs or not isinstance(globs, dict): raise ValueError(f"a corpus is a dict with at least one domain, as in {{'mine': '~/notes/**/*.md'}} (got {globs!r})")
     corpus = {}
     for domain,pattern in globs.items():
-        _check_name(domain)
-        found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(p))
-        odd = [p.name for p in found if p.suffix.lower() not in (".txt", ".md", ".jsonl", ".parquet")]
-        if odd: raise ValueError(f"domain {domain!r}: .txt, .md, .jsonl and .parquet files are read (got {len(odd)} others, first {odd[0]!r}); narrow the glob {pattern!r}")
+        check_name(domain)
+        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        found = sorted({os.path.realpath(p): Path(p) for p in sorted(matches, reverse=True) if not os.path.isdir(p)}.values())      # a file with two names is read once
+        if not found: raise ValueError(f"domain {domain!r}: {pattern!r} matches no file" + (f" but a folder; for the files in it write '{pattern.rstrip('/')}/**/*.txt'" if matches else ""))
         docs = [d for p in found for d in _documents(p)]
         empty = [s for s,t in docs if not t.strip()]
         if empty: warnings.warn(f"domain {domain!r}: {len(empty)} of {len(docs)} documents hold no text and are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}", stacklevel=2)
         docs = [(s,t) for s,t in docs if t.strip()]
-        if not docs: raise ValueError(f"domain {domain!r} is empty: {len(found)} files match {pattern!r} and none holds text")
+        if not docs: raise ValueError(f"domain {domain!r} is empty: of the {len(found)} files that match {pattern!r} none holds text")
         corpus[domain] = Dataset.from_dict(dict(text=[t for _,t in docs], source=[s for s,_ in docs]))
     return corpus
 
@@ -111,7 +111,7 @@ def from_hub(
     from datasets import Dataset, load_dataset
     corpus = {}
     for domain,(repo,revision) in repos.items():
-        _check_name(domain)
+        check_name(domain)
         if not re.fullmatch(r"[0-9a-f]{40}", revision): raise ValueError(f"domain {domain!r}: the revision is a commit hash of 40 hexadecimal digits, so that the text stays the same (got {revision!r})")
         rows = list(load_dataset(repo, revision=revision, split="train", streaming=True).take(documents))
         bare = next((i for i,r in enumerate(rows) if not isinstance(r.get("text"), str)), None)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ONE', 'simplex', 'deal', 'shuffled', 'MixedStream']
 
-# %% ../../../nbs/data/stream.ipynb #b2ba0178
+# %% ../../../nbs/data/stream.ipynb #50919650
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, torch
+from fastcore.basics import patch
 
 # %% ../../../nbs/data/stream.ipynb #0dcf4f74
 ONE = 2**40 # a weight of 1
@@ -61,7 +62,7 @@ def shuffled(
         i = a << h | b
         if i < N: return i
 
-# %% ../../../nbs/data/stream.ipynb #0b7f6437
+# %% ../../../nbs/data/stream.ipynb #ff297925
 class MixedStream:
     "Batches of windows from several domains, in asked proportions."
     def __init__(self,
@@ -71,32 +72,14 @@ class MixedStream:
         length:int, # predicted tokens in a sequence, L
         seed:int=0, # order of the windows
     ):
-        if batch < 1 or length < 1: raise ValueError(f"a batch needs at least one sequence of at least one token (got {batch=}, {length=})")
+        if not (type(batch) is type(length) is int and batch >= 1 and length >= 1): raise ValueError(f"a batch needs at least one sequence of at least one token, in whole numbers (got {batch=}, {length=})")
+        if odd := [d for d,t in tokens.items() if not (hasattr(t, "read") and hasattr(t, "__len__"))]: raise ValueError(f"tokens have a length and `read(start, n)`, as data.tokens.Tokens does (got {type(tokens[odd[0]]).__name__} for domain {odd[0]!r})")
         for d,t in tokens.items():
             if len(t) < length + 1: raise ValueError(f"domain {d!r} holds {len(t)} tokens, too few for one sequence of {length}+1; add text or use a shorter length")
         self.tokens, self.domains, self.batch, self.length, self.seed = tokens, list(tokens), batch, length, seed
         w = simplex(weights, self.domains)
         self.state = dict(step=0, weights=w.tolist(), carry=[0]*len(w), epoch=[0]*len(w), at=[0]*len(w))
         self.thread, self.ahead = ThreadPoolExecutor(1, "stream"), None
-
-    def _window(self, i, epoch, at):
-        "Window `at` of domain `i`'s epoch: its tokens, and whether it is the epoch's last."
-        t, L = self.tokens[self.domains[i]], self.length
-        key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{self.domains[i]}/{epoch}".encode(), digest_size=8).digest(), "little")
-        shift = key % min(L, len(t) - L)                     # epochs cut the text at different places
-        N = (len(t) - 1 - shift)//L
-        return t.read(shift + L*shuffled(at, N, key), L + 1), at + 1 == N
-
-    def _batch(self, s):
-        "The batch after state `s`, and the state after that."
-        w, c, epoch, at = np.array(s["weights"]), np.array(s["carry"]), list(s["epoch"]), list(s["at"])
-        rows, domain = np.empty((self.batch, self.length + 1), np.int64), np.empty(self.batch, np.int64)
-        for b in range(self.batch):
-            domain[b] = i = deal(c, w)
-            rows[b], last = self._window(i, epoch[i], at[i])
-            epoch[i], at[i] = (epoch[i] + 1, 0) if last else (epoch[i], at[i] + 1)
-        after = dict(step=s["step"] + 1, weights=s["weights"], carry=c.tolist(), epoch=epoch, at=at)
-        return (torch.from_numpy(rows), torch.from_numpy(domain)), after
 
     def __iter__(self): return self
     def __next__(self): # tokens (B, L+1) int64 and domain (B,) int64
@@ -110,12 +93,43 @@ class MixedStream:
     def weights(self, p):
         self.state, self.ahead = {**self.state, "weights": simplex(p, self.domains).tolist()}, None
 
-    def state_dict(self): return {**self.state, "seed": self.seed, "domains": self.domains, "batch": self.batch, "length": self.length, "tokens": [len(t) for t in self.tokens.values()]}
-    def load_state_dict(self, s):
-        for k,v in self.state_dict().items():
-            if k not in self.state and s.get(k) != v: raise ValueError(f"the saved stream has {k}={s.get(k)!r} but this one has {v!r}; a run goes on only on the same stream")
-        D, whole = len(self.domains), lambda k: isinstance(s.get(k), list) and len(s[k]) == D and all(type(x) is int for x in s[k])
-        if bad := [k for k in ("weights", "carry", "epoch", "at") if not whole(k)]: raise ValueError(f"the saved stream's {bad[0]} is not a list of {D} whole numbers, one a domain (got {s.get(bad[0])!r})")
-        if min(s["weights"]) < 0 or sum(s["weights"]) != ONE or sum(s["carry"]) != 0 or min(s["at"] + s["epoch"]) < 0: raise ValueError(f"the saved stream's state is not one a stream can be in: weights have to sum to {ONE} and carries to 0 (got {sum(s['weights'])} and {sum(s['carry'])})")
-        self.state, self.ahead = {k: s[k] for k in self.state}, None
     def close(self): self.thread.shutdown()
+
+# %% ../../../nbs/data/stream.ipynb #c669bf32
+@patch
+def _epoch(self:MixedStream, i, epoch):
+    "Key, first token and windows of domain `i`'s epoch."
+    key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{self.domains[i]}/{epoch}".encode(), digest_size=8).digest(), "little")
+    n, L = len(self.tokens[self.domains[i]]), self.length
+    shift = key % min(L, n - L)                              # epochs cut the text at different places
+    return key, shift, (n - 1 - shift)//L
+
+# %% ../../../nbs/data/stream.ipynb #67e405e2
+@patch
+def _batch(self:MixedStream, s):
+    "The batch after state `s`, and the state after that."
+    w, c, epoch, at = np.array(s["weights"]), np.array(s["carry"]), list(s["epoch"]), list(s["at"])
+    rows, domain = np.empty((self.batch, self.length + 1), np.int64), np.empty(self.batch, np.int64)
+    for b in range(self.batch):
+        domain[b] = i = deal(c, w)
+        key, shift, N = self._epoch(i, epoch[i])
+        rows[b] = self.tokens[self.domains[i]].read(shift + self.length*shuffled(at[i], N, key), self.length + 1)
+        epoch[i], at[i] = (epoch[i] + 1, 0) if at[i] + 1 == N else (epoch[i], at[i] + 1)
+    after = dict(step=s["step"] + 1, weights=s["weights"], carry=c.tolist(), epoch=epoch, at=at)
+    return (torch.from_numpy(rows), torch.from_numpy(domain)), after
+
+# %% ../../../nbs/data/stream.ipynb #c3c4cab9
+@patch
+def state_dict(self:MixedStream): return {**self.state, "seed": self.seed, "domains": self.domains, "batch": self.batch, "length": self.length, "tokens": [len(t) for t in self.tokens.values()]}
+
+@patch
+def load_state_dict(self:MixedStream, s):
+    for k,v in self.state_dict().items():
+        if k not in self.state and s.get(k) != v: raise ValueError(f"the saved stream has {k}={s.get(k)!r} but this one has {v!r}; a run goes on only on the same stream")
+    D, whole = len(self.domains), lambda k: isinstance(s.get(k), list) and len(s[k]) == D and all(type(x) is int for x in s[k])
+    if bad := [k for k in ("weights", "carry", "epoch", "at") if not whole(k)]: raise ValueError(f"the saved stream's {bad[0]} is not a list of {D} whole numbers, one a domain (got {s.get(bad[0])!r})")
+    if type(s.get("step")) is not int or s["step"] < 0: raise ValueError(f"the saved stream's step is a whole number of at least 0 (got {s.get('step')!r})")
+    if min(s["weights"]) < 0 or sum(s["weights"]) != ONE or sum(s["carry"]) != 0 or not all(-ONE < c < max(D - 1, 1)*ONE for c in s["carry"]): raise ValueError(f"the saved stream's state is not one a stream can be in: weights sum to {ONE}, carries to 0 and lie between -1 and {max(D - 1, 1)} sequences (got weights {s['weights']} and carries {s['carry']})")
+    for i,(d,epoch,at) in enumerate(zip(self.domains, s["epoch"], s["at"])):
+        if epoch < 0 or not 0 <= at < (N := self._epoch(i, epoch)[2]): raise ValueError(f"domain {d!r} of the saved stream is at window {at} of epoch {epoch} (its epochs have {N if epoch >= 0 else 'numbers from 0'} windows)")
+    self.state, self.ahead = {k: s[k] for k in self.state}, None

@@ -10,6 +10,7 @@ import hashlib, json, os, weakref
 from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
+from .corpus import check_name
 
 # %% ../../../nbs/data/tokens.ipynb #3a910a32
 def train_tokenizer(
@@ -24,6 +25,7 @@ def train_tokenizer(
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator((t for ds in corpus.values() for t in ds["text"]), trainers.BpeTrainer(vocab_size=vocab,
         special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tok.encode_special_tokens = True                          # "<|endoftext|>" in a text is text
     if tok.get_vocab_size() != vocab: raise ValueError(f"the text gives only {tok.get_vocab_size()} distinct entries (asked for {vocab=}); add text or ask for fewer")
     return tok
 
@@ -36,6 +38,7 @@ def tokenizer(
     try: tok = Tokenizer.from_file(str(path))
     except Exception as e: raise ValueError(f"{path} is not a tokenizer file of the tokenizers library: {e}") from None
     if tok.token_to_id("<|endoftext|>") != 0: raise ValueError(f"{path}: entry 0 has to be '<|endoftext|>' (got {tok.id_to_token(0)!r}); train one with `train_tokenizer`")
+    tok.encode_special_tokens = True                          # "<|endoftext|>" in a text is text
     return tok
 
 # %% ../../../nbs/data/tokens.ipynb #f6dba93b
@@ -63,7 +66,7 @@ def _write_json(path, record):
 def _record(path, identity):
     "A record of this very text and tokenizer, or None."
     try: r = json.loads(path.read_text())
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, RecursionError): return None
     return r if isinstance(r, dict) and r.get("identity") == identity else None
 
 # %% ../../../nbs/data/tokens.ipynb #6c7ec68a
@@ -83,8 +86,9 @@ def _build_domain(domain, ds, tok, folder, chunk):
     identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
     if (r := _record(final, identity)) and _opens(whole := folder/f"{domain}.tokens") and _hash(whole) == r.get("sha256"): return done.unlink(missing_ok=True)
     at = _record(done, identity)
-    if not at or not part.exists() or part.stat().st_size < at["bytes"]: at = dict(documents=0, bytes=0)
-    with open(part, "r+b" if at["documents"] else "wb") as f:
+    if not at or part.is_symlink() or not part.is_file() or not (0 <= at["documents"] <= len(ds) and 0 <= at["bytes"] <= part.stat().st_size): at = dict(documents=0, bytes=0)
+    if not at["documents"]: part.unlink(missing_ok=True)        # a link that stood there is not followed
+    with open(part, "r+b" if at["documents"] else "xb") as f:
         f.truncate(at["bytes"]); f.seek(at["bytes"])
         for i in range(at["documents"], len(ds), chunk):
             rows = ds[i:i+chunk]
@@ -108,6 +112,7 @@ def build(
 )->dict: # domain -> `Tokens`
     "Token files for every domain, made now or found."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    for domain in corpus: check_name(domain)
     for domain,ds in corpus.items(): _build_domain(domain, ds, tok, folder, chunk)
     return {d: Tokens(folder/f"{d}.tokens") for d in corpus}
 
@@ -119,7 +124,7 @@ class Tokens:
     ):
         self.path, record = Path(path), Path(path).with_suffix(".json")
         try: r = json.loads(record.read_text()); self.dtype, self.n = np.dtype(r["dtype"]), int(r["tokens"])
-        except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{record} has to say what {self.path.name} holds ({type(e).__name__}: {e}); build the tokens again") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as e: raise ValueError(f"{record} has to say what {self.path.name} holds ({type(e).__name__}: {e}); build the tokens again") from None
         if self.dtype not in (np.uint16, np.uint32): raise ValueError(f"{record}: tokens are uint16 or uint32 (got {self.dtype}); build the tokens again")
         try: self.fd = os.open(self.path, os.O_RDONLY)
         except OSError as e: raise ValueError(f"{self.path} cannot be read: {e.strerror}; build the tokens again") from None

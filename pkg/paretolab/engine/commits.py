@@ -31,6 +31,7 @@ def commit(
 )->Path: # the commit's directory, once it is safe on disk
     "Save a state as a new directory and delete all but the newest."
     if keep < 1: raise ValueError(f"at least the commit just made stays (got {keep=})")
+    if odd := [stem for stem in tensors if not re.fullmatch(r"\w+", stem)]: raise ValueError(f"files of a commit are named by letters, digits and '_' (got {odd[0]!r})")
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(".writing-*"): shutil.rmtree(old)             # left by a process that was killed
     tmp = folder/f".writing-{step}"; tmp.mkdir()

@@ -18,6 +18,7 @@ def windows(
     n:int=16, # windows of each domain; fewer where they would overlap
 )->dict[str,Tensor]: # domain -> (n, L+1) int64
     "Evenly spaced windows over each domain, its first and last tokens included."
+    if n < 1: raise ValueError(f"a domain is judged on at least one window (got {n=})")
     out = {}
     for d,t in tokens.items():
         if len(t) < length + 1: raise ValueError(f"domain {d!r} holds {len(t)} held-out tokens, too few for one window of {length}+1; add text or use a shorter length")

@@ -21,8 +21,9 @@ def losses(
     tokens:Tensor, # (B, L+1) int64
 )->Tensor: # ℓ, (B,): mean nats per token of each sequence
     "The loss of each sequence."
-    B, L = tokens.shape[0], tokens.shape[1] - 1
-    return F.cross_entropy(model(tokens[:,:-1]).flatten(0, 1), tokens[:,1:].flatten(), reduction="none").view(B, L).mean(1)
+    B, L, z = tokens.shape[0], tokens.shape[1] - 1, model(tokens[:,:-1])
+    if not torch.is_tensor(z) or z.shape[:2] != (B, L): raise ValueError(f"a model gives logits of shape {(B, L, 'V')} for tokens of shape {(B, L)} (got {tuple(z.shape) if torch.is_tensor(z) else type(z).__name__}); wrap it in a function that does")
+    return F.cross_entropy(z.flatten(0, 1), tokens[:,1:].flatten(), reduction="none").view(B, L).mean(1)
 
 # %% ../../../nbs/engine/fit.ipynb #2f7d24a3
 def _by_domain(ℓ, δ, domains):
@@ -39,37 +40,58 @@ def _weights(model):
 def _build(): return dict(torch=torch.__version__, threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
 # %% ../../../nbs/engine/fit.ipynb #46a2081e
-def _pack(model, optimizer, stream, hooks, counts):
-    "Tensors and plain state of a run."
+def _pack(model, optimizer, stream, hooks, counts, made):
+    "Tensors and plain state of a run; `made` are the optimizer's groups as it was made."
     o = optimizer.state_dict()
     moments = {f"{i}.{k}": v for i,s in o["state"].items() for k,v in s.items() if torch.is_tensor(v)}
     plain = {i: {k: v for k,v in s.items() if not torch.is_tensor(v)} for i,s in o["state"].items()}
+    if odd := [(k, v) for s in plain.values() for k,v in s.items() if not isinstance(v, int | float | str | bool | None)]: raise ValueError(f"an optimizer's state is tensors, numbers and text (got {odd[0][0]}, a {type(odd[0][1]).__name__}); fit cannot keep it")
     return dict(model=_weights(model), optimizer={**moments, "rng": torch.get_rng_state()}), dict(counts=counts, build=_build(),
-        stream=stream.state_dict(), optimizer=plain, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
+        stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
 # %% ../../../nbs/engine/fit.ipynb #b1a8e9b5
-def _check(was, now, s, optimizer, hooks):
-    "Refuse a saved run that is not this one, before anything changes."
+def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+
+def _check_weights(was, now):
+    "Refuse weights that are not this model's."
+    what = lambda t: "missing" if t is None else f"{tuple(t.shape)} {str(t.dtype)[6:]}"
     for k in was | now:
-        if k not in was or k not in now or was[k].shape != now[k].shape:
-            raise ValueError(f"the saved run has {k} {tuple(was[k].shape) if k in was else 'missing'} and this model has it {tuple(now[k].shape) if k in now else 'missing'}; use another run folder")
-    old, new = json.loads(json.dumps([s["groups"], optimizer.state_dict()["param_groups"]]))
+        if what(a := was.get(k)) != what(b := now.get(k)): raise ValueError(f"the saved run has {k} {what(a)} and this model has it {what(b)}; use another run folder")
+        if not a.isfinite().all(): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+
+def _check_state(tensors, optimizer):
+    "Refuse optimizer state that is not of these parameters: fused kernels trust the shapes they are given."
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    for name,t in tensors.items():
+        i, _, k = name.partition(".")
+        if not (i.isdecimal() and int(i) < len(params)): raise ValueError(f"the saved run's optimizer state names parameter {i!r} of {len(params)}; use another run folder")
+        if optimizer.defaults.get("fused") and t.numel() != 1 and t.shape != params[int(i)].shape: raise ValueError(f"the saved run's {k} of parameter {i} has the shape {tuple(t.shape)} for a parameter of {tuple(params[int(i)].shape)}; use another run folder")
+        if not t.isfinite().all(): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+
+def _check(tensors, s, model, optimizer, hooks, made):
+    "Refuse a saved run that is not this one, before anything changes."
+    _check_weights(tensors["model"], _weights(model)); _check_state({k: v for k,v in tensors["optimizer"].items() if k != "rng"}, optimizer)
+    if not (isinstance(s["counts"], dict) and all(type(s["counts"].get(k)) is int and s["counts"][k] >= 0 for k in ("step", "skipped", "row"))): raise ValueError(f"the saved run's counts are whole numbers of at least 0: step, skipped, row (got {s['counts']})")
+    old, new = s["made"], made
     if len(old) != len(new): raise ValueError(f"the run was saved with {len(old)} parameter groups (got {len(new)}); pass the same optimizer or use another run folder")
     for i,(a,b) in enumerate(zip(old, new)):
         if odd := sorted(k for k in a | b if a.get(k) != b.get(k)): raise ValueError(f"the run was saved with {odd[0]}={a.get(odd[0])!r} in the optimizer's group {i} (got {b.get(odd[0])!r}); pass the same optimizer or use another run folder")
-    if len(s["hooks"]) != len(hooks): raise ValueError(f"the run was saved with {len(s['hooks'])} hooks (got {len(hooks)}); pass the same ones")
+    if [v is not None for v in s["hooks"]] != [hasattr(h, "state_dict") for h in hooks]: raise ValueError(f"the run was saved with {len(s['hooks'])} hooks, {sum(v is not None for v in s['hooks'])} of them with a state (got {len(hooks)}, {sum(hasattr(h, 'state_dict') for h in hooks)} of them with a state); pass the same ones")
     if s["build"] != _build(): warnings.warn(f"the run goes on under {_build()} but was saved under {s['build']}: from here it is not the same bit for bit", stacklevel=2)
 
 # %% ../../../nbs/engine/fit.ipynb #1db609cf
-def _unpack(saved, model, optimizer, stream, hooks):
+def _unpack(saved, model, optimizer, stream, hooks, made):
     "Put a saved run back; its counts."
     tensors, s = saved
-    _check(tensors["model"], _weights(model), s, optimizer, hooks)
+    _check(tensors, s, model, optimizer, hooks, made)
     stream.load_state_dict(s["stream"])
     state, rng = {int(i): dict(v) for i,v in s["optimizer"].items()}, tensors["optimizer"].pop("rng")
     for name,v in tensors["optimizer"].items(): i, k = name.split(".", 1); state[int(i)][k] = v
     groups = [{k: tuple(v) if isinstance(g.get(k), tuple) else v for k,v in old.items()} for old,g in zip(s["groups"], optimizer.param_groups)]
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    for i,p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        for k,v in state.get(i, {}).items():                                # torch gives state the type of its parameter; it had its own
+            if torch.is_tensor(v) and getattr(optimizer.state[p].get(k), "dtype", v.dtype) != v.dtype: optimizer.state[p][k] = v.to(p.device)
     model.load_state_dict(tensors["model"], strict=False); torch.set_rng_state(rng)
     for h,v in zip(hooks, s["hooks"]):
         if v is not None: h.load_state_dict(v)
@@ -82,6 +104,11 @@ def _log(path, step):
     (tmp := path.with_suffix(".tmp")).write_bytes(b"".join(l + b"\n" for l in lines[:step]))
     os.replace(tmp, path)
     return open(path, "a")
+
+def _line(record):
+    "A record as JSON, which has no word for numbers that are not finite: null."
+    plain = lambda x: {k: plain(v) for k,v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(plain(record), allow_nan=False) + "\n"
 
 # %% ../../../nbs/engine/fit.ipynb #adb04909
 def _gradient(model, tokens, accumulate, a):
@@ -103,10 +130,12 @@ def _step(step, model, stream, optimizer, hooks, accumulate, clip):
     tokens, δ = next(stream); p = stream.weights
     α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
     ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ])
-    λ = _by_domain(ℓ, δ, stream.domains)
-    _call(hooks, "on_losses", step, λ); _call(hooks, "on_gradients", step, model)
-    norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip).item()
-    if good := math.isfinite(norm) and bool(ℓ.isfinite().all()): optimizer.step()
+    λ, params = _by_domain(ℓ, δ, stream.domains), [p for g in optimizer.param_groups for p in g["params"]]
+    size = lambda: nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
+    if good := bool(ℓ.isfinite().all()): _call(hooks, "on_losses", step, λ)
+    if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, model)
+    norm = nn.utils.clip_grad_norm_(params, clip).item()
+    if good := good and math.isfinite(norm): optimizer.step()
     optimizer.zero_grad()
     return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
 
@@ -139,7 +168,8 @@ def fit(
     run, records = Path(run), []
     try: json.dumps(held := [h.state_dict() for h in hooks if hasattr(h, "state_dict")])
     except TypeError as e: raise ValueError(f"a hook's state goes into the commits as JSON (got {held!r}: {e}); give numbers, text, lists and dicts") from None
-    counts = _unpack(saved, model, optimizer, stream, hooks) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
+    made = _made(optimizer)
+    counts = _unpack(saved, model, optimizer, stream, hooks, made) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
     with _log(run/"log.jsonl", counts["step"]) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=None) as bar:
@@ -148,9 +178,10 @@ def fit(
             with _scaled(optimizer, η): record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)
             counts = dict(step=step + 1, skipped=counts["skipped"] + (not good), row=0 if good else counts["row"] + 1)
             records.append(record := {**record, "lr": η*optimizer.param_groups[0]["lr"], "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
-            log.write(json.dumps(record) + "\n"); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            log.write(_line(record)); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             _call(hooks, "on_step", step, record); _call(hooks, "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
-                commit(run/"commits", step + 1, *_pack(model, optimizer, stream, hooks, counts)); _call(hooks, "on_commit", step + 1)
+                if odd := [n for n,p in _weights(model).items() if not p.isfinite().all()]: raise FloatingPointError(f"{odd[0]} holds numbers that are not finite after step {step}, from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})")
+                commit(run/"commits", step + 1, *_pack(model, optimizer, stream, hooks, counts, made)); _call(hooks, "on_commit", step + 1)
     return records

@@ -18,7 +18,7 @@ def _in(section, default, help): return field(default=default, metadata=dict(sec
 class Settings:
     "Every setting of `paretolab train` and `paretolab frontier`, with its default."
     share:float = _in("corpus", 0.05, "share of each domain's text held out for validation")
-    temperature:float = _in("corpus", 0.5, "weights of the domains are their tokens to this power: 1 proportional, 0 uniform")
+    temperature:float = _in("corpus", 0.5, "weights of the domains are their tokens to this power, from 0, uniform, to 1, proportional")
     shape:str = _in("model", "nano", "shape that is trained, a name of models.shape.mobilellm")
     start:str = _in("train", "", "folder of a model to train on, in the Llama layout; empty: new weights")
     steps:int = _in("train", 0, "training steps; 0: as many as `seconds` allow")
@@ -62,7 +62,7 @@ def read(
     values, ini = {}, configparser.ConfigParser(default_section="nothing is inherited", interpolation=None)
     if path is not None:
         try: text = Path(path).expanduser().read_text()
-        except OSError as e: raise ValueError(f"the settings file {path} cannot be read: {e.strerror}") from None
+        except (OSError, UnicodeDecodeError) as e: raise ValueError(f"the settings file {path} cannot be read: {getattr(e, 'strerror', e)}") from None
         try: ini.read_string(text, str(path))
         except configparser.Error as e: raise ValueError(f"the settings file {path} is not an .ini file: {str(e).splitlines()[0]}") from None
     own = {sec: [f.name for f in fields(Settings) if f.metadata["section"] == sec] for sec in ("corpus", "model", "train", "frontier")}

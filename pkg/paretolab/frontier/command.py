@@ -41,7 +41,7 @@ def _parser():
     subs = top.add_subparsers(dest="command", required=True, metavar="frontier | train")
     for name,help in (("frontier", "train, compress, measure, and draw the frontier"), ("train", "train one model")):
         sub = subs.add_parser(name, allow_abbrev=False, help=help, description=help[0].upper() + help[1:] + ".")
-        sub.add_argument("--data", action="append", default=[], metavar="NAME=GLOB", help="your text as a domain; may be given several times")
+        sub.add_argument("--data", action="append", default=[], metavar="NAME=GLOB", help="your text as a domain, instead of the package's; may be given several times; .jsonl and .parquet hold documents under 'text', any other file is one")
         sub.add_argument("--settings", metavar="PATH", help="an .ini file with the sections corpus, model, train, frontier")
         if name == "frontier": sub.add_argument("--full", action="store_true", help="more points: other groups, a 4-bit embedding")
         else: sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny, tiny-on")
@@ -64,7 +64,7 @@ def _train(s, globs):
 # %% ../../../nbs/frontier/command.ipynb #4cda9747
 def main(
     argv:list|None=None, # arguments; None: those of the process
-)->int: # exit code: 0 done, 1 no point could be measured, 2 refused
+)->int: # exit code: 0 done, 1 no point could be measured, 2 refused, 130 interrupted
     "The command `paretolab`."
     a = _parser().parse_args(argv)
     try:
@@ -81,4 +81,5 @@ def main(
             if p.failed: print(f"{p.name} failed: {p.failed}", file=sys.stderr)
         print(f"{len(found)} points, {(good := sum(not p.failed for p in found))} measured: open {s.out}/index.html")
         return 0 if good else 1
-    except (ValueError, OSError, FloatingPointError) as e: print(f"paretolab: {e}", file=sys.stderr); return 2
+    except (ValueError, OSError, FloatingPointError, MemoryError, OverflowError) as e: print(f"paretolab: {e or 'there is not enough memory for this batch and length'}", file=sys.stderr); return 2
+    except KeyboardInterrupt: print("\nparetolab: interrupted; the same command goes on from the last commit", file=sys.stderr); return 130

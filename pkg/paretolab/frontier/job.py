@@ -32,15 +32,20 @@ def _check(s, globs):
     "Refuse what can be known before any text is read."
     from paretolab.models import hf
     from paretolab.models.mobilellm import mobilellm
+    from paretolab.quantizers.lowbit import LEVELS
     from paretolab.quantizers.plan import resolve
     resolve(s.quantizer); o = member("optimizers", s.optimizer)
     if not (isinstance(o, type) and issubclass(o, torch.optim.Optimizer)): raise ValueError(f"optimizers.{s.optimizer} is no optimizer (got {o!r})")
     if not globs and s.share != Settings.share: raise ValueError(f"the text of the package has one split, share={Settings.share}: with another, the shipped checkpoint would be judged on text it has seen (got share={s.share}); a share is for your own text")
     if s.start and (was := hf.shape(s.start)) != mobilellm(s.shape): raise ValueError(f"training goes on with the same shape: {s.start} holds {was} and shape={s.shape!r} is {mobilellm(s.shape)}")
     if s.length > (most := mobilellm(s.shape).context): raise ValueError(f"shape {s.shape!r} reads at most {most} tokens (got length={s.length})")
+    try: Path(s.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f"the folder of the results cannot be made: {s.out} ({e.strerror}); choose another --out") from None
+    if not (0 <= s.temperature <= 1 and 0 <= s.threads <= 1024 and 0 <= s.seed < 2**63 and s.every >= 0 and s.warmup >= 0): raise ValueError(f"a temperature lies between 0 and 1, threads between 0 and 1024, a seed between 0 and 2**63, `every` and `warmup` are at least 0 (got temperature={s.temperature}, threads={s.threads}, seed={s.seed}, every={s.every}, warmup={s.warmup})")
+    if s.group < 0 or not {*s.widths, s.embed_bits} <= (known := {*LEVELS, 16}): raise ValueError(f"widths and embed_bits are {', '.join(f'{b:g}' for b in sorted(known))}, and a group is at least 0 (got widths={s.widths}, embed_bits={s.embed_bits}, group={s.group})")
     if s.batch < 1 or s.length < 1 or s.windows < 1 or s.steps < 0: raise ValueError(f"a job needs a batch, a length and windows of at least 1, and no fewer than 0 steps (got batch={s.batch}, length={s.length}, windows={s.windows}, steps={s.steps})")
     if not 0 < s.seconds < math.inf: raise ValueError(f"the training time is a positive number of seconds (got seconds={s.seconds})")
-    if len(set(s.widths)) < len(s.widths) or not all(0 < b <= 16 for b in s.widths): raise ValueError(f"widths are different numbers of bits, up to 16 (got widths={s.widths})")
+    if len(set(s.widths)) < len(s.widths): raise ValueError(f"widths are different numbers of bits (got widths={s.widths})")
 
 # %% ../../../nbs/frontier/job.ipynb #21b511f4
 def prepare(
@@ -73,13 +78,14 @@ def _steps(s, text, run):
     "Steps of this run: as asked, as written down before, or as many as fit into the time."
     from paretolab.engine.fit import fit
     if s.steps: return s.steps
-    if not (note := run/"steps.json").exists():
+    try: return json.loads((note := run/"steps.json").read_text())
+    except (OSError, ValueError):                                             # not measured yet, or cut by a full disk
         shutil.rmtree(run/"timing", ignore_errors=True)                       # left by a process that was killed
         r = fit(*_make(s, text), lambda t: 1., steps=5, run=run/"timing")
         shutil.rmtree(run/"timing")
         (part := run/"steps.part").write_text(json.dumps(max(s.warmup + 1, int(s.seconds*4/max(r[-1]["seconds"] - r[0]["seconds"], 1e-3)))))
         part.replace(note)
-    return json.loads(note.read_text())
+        return json.loads(note.read_text())
 
 # %% ../../../nbs/frontier/job.ipynb #987e713a
 def train(
@@ -168,16 +174,19 @@ def frontier(
     from paretolab.frontier import report
     from paretolab.models import hf
     say, out = (lambda *a: print(*a, file=sys.stderr)), Path(s.out)
-    say("text: splitting and tokenizing"); text = prepare(s, globs)
+    _check(s, globs); say("text: splitting and tokenizing"); text = prepare(s, globs)
     say(f"reference lines: compressors and an n-gram model, on {sum(map(len, text.valid.values()))} held-out documents")
     lines = reference_lines(text.train, text.valid, text.tokens, text.windows, text.nbytes)
-    say(f"training a model of shape {s.shape}")
-    try: model, record = train(s, text)
+    say(f"training a model of shape {s.shape}: " + (f"{s.steps} steps" if s.steps else f"as many steps as fit into {s.seconds:g} seconds, or an earlier run of the same"))
+    try: model, record = train(s, text); say(f"trained on {record['tokens']:,} tokens in {record['train_seconds']:.0f} s")
     except FloatingPointError as e: model, record = None, dict(shape=s.shape, optimizer=s.optimizer, mixture=text.weights, seed=s.seed, failed=str(e))
     pretrained = (hf.load(hf.shipped()), json.loads((hf.shipped()/"training.json").read_text()))
     jobs = [(f"{who}-{b:g}bit", m, r, b, {}) for who,(m,r) in (("mine", (model, record)), ("shipped", pretrained)) for b in s.widths]
     if full: jobs += [(f"{who}-{b:g}bit-g{g}-e{e}", m, r, b, dict(group=g, embed_bits=e)) for who,m,r,b,_ in [(n.split("-")[0], *rest) for n,*rest in jobs] if b != 16 for g in (32, 0) for e in (8, 4)]
-    found = [measure(name, m, r, b, s, text, **more) if m else Point(name=name, bits=float(b), **r) for name,m,r,b,more in tqdm(jobs, desc="points", unit="point", disable=None)]
+    found = []
+    for name,m,r,b,more in (bar := tqdm(jobs, desc="points", unit="point", disable=None)):
+        if bar.disable: say(f"compressing and measuring {name}, {len(found) + 1} of {len(jobs)}")
+        found.append(measure(name, m, r, b, s, text, **more) if m else Point(name=name, bits=float(b), **r))
     table.write(found, out/"points.parquet")
     report.write(found, lines, out/"index.html", note=f"{len(text.windows)} domains, {sum(len(w) for w in text.windows.values())} held-out windows of {s.length} tokens; text: {'corpus tiny' if not globs else ', '.join(globs)}.")
     report.picture(found, lines, out/"frontier.svg")

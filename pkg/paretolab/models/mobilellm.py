@@ -90,6 +90,7 @@ class MobileLLM(nn.Module):
     def __init__(self,
         shape:Shape, # its shape
     ):
+        if not isinstance(shape, Shape): raise ValueError(f"a model is made from a Shape, as in MobileLLM(mobilellm('nano')) (got {shape!r})")
         super().__init__()
         self.shape, s = shape, shape
         self.embed = nn.Embedding(s.vocab, s.dim)
@@ -106,7 +107,9 @@ class MobileLLM(nn.Module):
     )->Tensor: # logits, (B, T, V)
         s, T, past = self.shape, tokens.shape[1], cache.length if cache else 0
         if past + T > s.context: raise ValueError(f"the model was made for sequences of at most {s.context} tokens (got {past + T}); use a larger `context` or a shorter text")
-        cos, sin, x = self.cos[past:past+T], self.sin[past:past+T], self.embed(tokens)
+        cos, sin = self.cos[past:past+T], self.sin[past:past+T]
+        try: x = self.embed(tokens)
+        except IndexError: raise ValueError(f"the model has a vocabulary of {s.vocab} entries (got token {tokens.max().item() if tokens.max() >= s.vocab else tokens.min().item()}); use the tokenizer it was made for, or a larger `vocab`") from None
         for i,block in enumerate(self.blocks):
             for r in range(s.repeat): x = block(x, cos, sin, cache.slot(i*s.repeat + r) if cache else None)
         if cache: cache.length += T
