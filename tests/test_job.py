@@ -126,6 +126,37 @@ def test_a_cut_note_of_the_steps_is_made_again(globs, small):
     assert job.train(timed, text)[1]["tokens"] == record["tokens"] and note.read_text() == steps
 
 
+def test_a_mixer_moves_the_mixture_and_a_killed_job_with_one_goes_on(globs, small):
+    s = replace(small, mixer="aioli.Aioli", steps=20, every=3); text = job.prepare(s, globs)
+    model, record = job.train(s, text)
+    calm, = (job.Path(s.out)/"training").iterdir(); log = [json.loads(l) for l in open(calm/"log.jsonl")]
+    assert log[0]["weights"] != log[19]["weights"] != log[1]["weights"] and {round(log[t]["weights"]["scripture"], 6) for t in range(1, 17)} == {.25, .75}    # probes, then what they found
+    assert all(abs(record["mixture"][d] - sum(r["weights"][d] for r in log)/20) < 1e-12 for d in globs)
+    other = replace(s, out=s.out + "2"); job.prepare(other, globs)
+    model2, stream, optimizer = job._make(other, text)
+    from paretolab.engine.fit import fit
+    from paretolab.engine.schedules import wsd
+    fit(model2, stream, optimizer, wsd(20, 2, s.decay), job._hooks(other, text, model2, stream), steps=11, run=job.Path(other.out)/"training"/calm.name, every=3)     # in the middle of a probe
+    again, same = job.train(other, text)
+    assert all(torch.equal(a, b) for a,b in zip(model.parameters(), again.parameters())) and same["mixture"] == record["mixture"]
+
+
+def test_a_mixer_sees_neither_what_is_trained_on_nor_what_is_judged(globs, small):
+    s = replace(small, mixer="dga.DGA"); text = job.prepare(s, globs)
+    model, stream, _ = job._make(s, text); hook, = job._hooks(s, text, model, stream)
+    for d,w in hook.windows.items():
+        start = len(stream.tokens[d]); assert start + job._aside(text.tokens[d], s) == len(text.tokens[d])
+        tail = torch.from_numpy(text.tokens[d].read(start, len(text.tokens[d]) - start))
+        assert all((tail.unfold(0, w.shape[1], 1) == row).all(1).any() for row in w)
+    assert job._hooks(small, text, model, stream) == () and job._make(small, text)[1].tokens is text.tokens
+
+
+@pytest.mark.parametrize("mixer, says", [("doremi.DoReMi", "needs a reference model"), ("aioli.probes", "is no mixer"), ("os.system", "'os.system'")])
+def test_a_mixer_that_cannot_run_is_refused(mixer, says, globs, small, capsys):
+    assert main(["train", *[x for d,g in globs.items() for x in ("--data", f"{d}={g}")], "--steps", "3", "--warmup", "1", "--batch", "2", "--length", "64", "--threads", "1", "--mixer", mixer, "--out", small.out]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_what_is_judged_does_not_move_with_the_seed(globs, small):
     a, b = (job.prepare(replace(small, seed=seed), globs) for seed in (0, 1))
     assert all(torch.equal(a.windows[d], b.windows[d]) for d in globs)

@@ -13,7 +13,7 @@ from pathlib import Path
 # %% ../../../nbs/engine/settings.ipynb #98a081b5
 def _in(section, default, help): return field(default=default, metadata=dict(section=section, help=help))
 
-# %% ../../../nbs/engine/settings.ipynb #eef942ce
+# %% ../../../nbs/engine/settings.ipynb #fc1f8b57
 @dataclass(frozen=True)
 class Settings:
     "Every setting of `paretolab train` and `paretolab frontier`, with its default."
@@ -26,6 +26,7 @@ class Settings:
     batch:int = _in("train", 4, "sequences in a batch")
     length:int = _in("train", 512, "predicted tokens in a sequence, in training and validation")
     optimizer:str = _in("train", "muon.Muon", "module.attribute in paretolab.optimizers")
+    mixer:str = _in("train", "static.Static", "module.attribute in paretolab.mixers: what moves the weights of the domains in training")
     lr:float = _in("train", 0.004, "learning rate")
     weight_decay:float = _in("train", 0.1, "decoupled weight decay")
     warmup:int = _in("train", 20, "steps of linear warm-up")

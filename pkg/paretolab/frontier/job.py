@@ -27,7 +27,7 @@ class Text:
     tokenizer:object # the shipped byte-level BPE
     nbytes:torch.Tensor # bytes each entry stands for, (V,)
 
-# %% ../../../nbs/frontier/job.ipynb #f8493810
+# %% ../../../nbs/frontier/job.ipynb #344e5724
 def _check(s, globs):
     "Refuse what can be known before any text is read."
     from paretolab.models import hf
@@ -36,6 +36,7 @@ def _check(s, globs):
     from paretolab.quantizers.plan import resolve
     resolve(s.quantizer); o = member("optimizers", s.optimizer)
     if not (isinstance(o, type) and issubclass(o, torch.optim.Optimizer)): raise ValueError(f"optimizers.{s.optimizer} is no optimizer (got {o!r})")
+    if not all(hasattr(member("mixers", s.mixer), a) for a in ("init", "plan", "observe", "weights")): raise ValueError(f"mixers.{s.mixer} is no mixer (got {member('mixers', s.mixer)!r})")
     if not globs and s.share != Settings.share: raise ValueError(f"the text of the package has one split, share={Settings.share}: with another, the shipped checkpoint would be judged on text it has seen (got share={s.share}); a share is for your own text")
     if s.start and (was := hf.shape(s.start)) != mobilellm(s.shape): raise ValueError(f"training goes on with the same shape: {s.start} holds {was} and shape={s.shape!r} is {mobilellm(s.shape)}")
     if s.length > (most := mobilellm(s.shape).context): raise ValueError(f"shape {s.shape!r} reads at most {most} tokens (got length={s.length})")
@@ -62,7 +63,7 @@ def prepare(
     mass = {d: len(t)**s.temperature for d,t in T.items()}
     return Text(train, valid, T, windows(V, s.length, s.windows), {d: m/sum(mass.values()) for d,m in mass.items()}, tok, torch.from_numpy(tokens.token_bytes(tok)))
 
-# %% ../../../nbs/frontier/job.ipynb #6dcdf54c
+# %% ../../../nbs/frontier/job.ipynb #ace4d04e
 def _make(s, text):
     "A model, new or trained before, its stream and optimizer."
     from paretolab.data.stream import MixedStream
@@ -71,7 +72,28 @@ def _make(s, text):
     torch.manual_seed(s.seed)
     model = hf.load(s.start) if s.start else MobileLLM(mobilellm(s.shape))
     optimizer = member("optimizers", s.optimizer)(model.named_parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    return model, MixedStream(text.tokens, text.weights, s.batch, s.length, s.seed), optimizer
+    tokens = text.tokens if s.mixer == Settings.mixer else {d: _Part(t, 0, len(t) - _aside(t, s)) for d,t in text.tokens.items()}
+    return model, MixedStream(tokens, text.weights, s.batch, s.length, s.seed), optimizer
+
+# %% ../../../nbs/frontier/job.ipynb #68a6e4a7
+@dataclass(frozen=True)
+class _Part:
+    "A stretch of a domain's tokens."
+    tokens:object; start:int; n:int
+    def __len__(self): return self.n
+    def read(self, start, n): return self.tokens.read(self.start + start, n)
+
+# %% ../../../nbs/frontier/job.ipynb #aa0c2be0
+def _aside(t, s): return max(s.length + 1, len(t)//50) # tokens that a mixer looks at
+
+# %% ../../../nbs/frontier/job.ipynb #8ea84fc1
+def _hooks(s, text, model, stream):
+    "The mixer, unless the weights stay as they are."
+    from paretolab.engine.evaluate import windows
+    from paretolab.engine.steer import Steer
+    if s.mixer == Settings.mixer: return ()
+    aside = {d: _Part(t, len(t) - _aside(t, s), _aside(t, s)) for d,t in text.tokens.items()}
+    return Steer(member("mixers", s.mixer)(), model, stream, windows(aside, s.length, 4), s.seed),
 
 # %% ../../../nbs/frontier/job.ipynb #d637606f
 def _steps(s, text, run):
@@ -87,7 +109,7 @@ def _steps(s, text, run):
         part.replace(note)
         return json.loads(note.read_text())
 
-# %% ../../../nbs/frontier/job.ipynb #987e713a
+# %% ../../../nbs/frontier/job.ipynb #decf0262
 def train(
     s:Settings, # all settings
     text:Text, # from `prepare`
@@ -96,21 +118,22 @@ def train(
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import wsd
     if s.threads: torch.set_num_threads(s.threads)
-    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start")}
+    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start", *(["mixer"] if s.mixer == Settings.mixer else []))}
     identity = {d: json.loads(t.path.with_suffix(".json").read_text())["identity"] for d,t in text.tokens.items()}
     model, stream, optimizer = _make(s, text)
     if s.start: identity["start"] = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     key = hashlib.sha256(json.dumps([shaping, identity]).encode()).hexdigest()[:10]
     run = Path(s.out)/"training"/f"{s.shape}-{key}"
     steps = _steps(s, text, run)
-    fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), steps=steps, run=run, every=s.every)
+    fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), _hooks(s, text, model, stream), steps=steps, run=run, every=s.every)
     log = [json.loads(l) for l in open(run/"log.jsonl")]
     seconds = sum(b["seconds"] - (a["seconds"] if b["seconds"] > a["seconds"] else 0) for a,b in zip([dict(seconds=0), *log], log))
+    mixture = text.weights if s.mixer == Settings.mixer else {d: sum(r["weights"][d] for r in log)/len(log) for d in text.weights}
     held = lambda ts: sum(t.numel()*t.element_size() for t in ts)
     state = held(v for p in optimizer.state.values() for v in p.values() if torch.is_tensor(v))
     before = Path(s.start)/"training.json"                                    # of the model this run started from
     was = json.loads(before.read_text()) if s.start and before.exists() else dict(tokens=0, train_seconds=0)
-    return model, dict(shape=s.shape, optimizer=s.optimizer, mixture=text.weights, tokens=was["tokens"] + log[-1]["tokens"], train_seconds=round(was["train_seconds"] + seconds, 1), training_state_bytes=2*held(model.parameters()) + state, seed=s.seed)
+    return model, dict(shape=s.shape, optimizer=s.optimizer, mixture=mixture, tokens=was["tokens"] + log[-1]["tokens"], train_seconds=round(was["train_seconds"] + seconds, 1), training_state_bytes=2*held(model.parameters()) + state, seed=s.seed)
 
 # %% ../../../nbs/frontier/job.ipynb #6352d072
 def load(

@@ -1,0 +1,243 @@
+"""Every mixer against a planted law, in any order of the domains, through JSON at any step, and inside a run that stops anywhere."""
+import copy, json, math
+from collections import Counter
+
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from paretolab.data.stream import MixedStream
+from paretolab.engine.fit import fit
+from paretolab.engine.gradients import gram
+from paretolab.engine.steer import Replay, Steer
+from paretolab.mixers.aioli import Aioli
+from paretolab.mixers.dga import DGA
+from paretolab.mixers.doge import DoGE
+from paretolab.mixers.doremi import DoReMi
+from paretolab.mixers.protocol import exp_grad
+from paretolab.mixers.requests import DomainGradients, Evaluate, Probe
+from paretolab.mixers.skill_it import SkillIt
+from paretolab.mixers.static import Static
+from paretolab.models.mobilellm import MobileLLM, Shape
+
+torch.set_num_threads(1)
+ONLINE = dict(doremi=DoReMi(eta=.3), doge=DoGE(eta=.2, floor=.01), dga=DGA(eta=.2, every=3, beta=.5, floor=.02), skill_it=SkillIt(every=3, steps=2, eta=.5, floor=.01),
+    aioli=Aioli(eta=.7, every=30, steps=2, passes=2, floor=.01), aioli_averaged=Aioli(eta=.7, every=30, steps=2, passes=2, ema=.3))
+ALL = dict(static=Static(.5), **ONLINE)
+every_mixer, online = pytest.mark.parametrize("m", ALL.values(), ids=ALL), pytest.mark.parametrize("m", ONLINE.values(), ids=ONLINE)
+NAMES = ["code", "law", "math", "prose", "web"]
+PRIOR = dict(zip(NAMES, (.3, .1, .2, .15, .25)))
+shares = lambda m, s: np.array(list((m.final if hasattr(m, "final") else m.weights)(s).values()))
+
+class World:
+    "Losses that fall by A p a step; everything a mixer may ask follows from A."
+    def __init__(self, A, names=NAMES, forgets=False): self.A, self.names, self.L, self.t, self.forgets = A, names, {d: 3. for d in names}, 0, forgets
+    def train(self, p, steps=1):
+        self.t += steps
+        for i in self.names: self.L[i] = self.L[i] - steps*sum(self.A[i, j]*p[j] for j in self.names)
+    def answer(self, r):
+        total = {j: sum(self.A[i, j] for i in self.names) for j in self.names}
+        if r == Evaluate(): return dict(self.L)
+        if r == Evaluate(excess=True): return {j: max(total[j], 0.) for j in self.names}
+        if r == DomainGradients(): return dict(align=total, norm={j: abs(total[j]) + .1 for j in self.names})
+        before = dict(self.L); self.train(dict(zip(self.names, r.weights)), r.steps)
+        after = dict(self.L)
+        if self.forgets: self.L = dict(before)                                 # so that the order of probes does not matter
+        return dict(before=before, after=after)
+    def step(self, m, s, via=lambda x: x):
+        if plan := m.plan(s, self.t + 1): s = m.observe(via(s), {r: self.answer(r) for r in plan})
+        else: s = via(s)
+        self.train(m.weights(s))
+        return s
+
+def law(seed=0, best="math", names=NAMES):
+    rng = np.random.default_rng(seed)
+    return {(i, j): .001*rng.uniform(0, 1) + .003*(j == best) for i in NAMES for j in NAMES}
+
+def run(m, world, steps=60, prior=PRIOR, via=lambda x: x):
+    s = m.init(world.names, {d: prior[d] for d in world.names}, 0); path = [s]
+    while world.t < steps: path.append(s := world.step(m, s, via))
+    return s, path
+
+# The contract
+
+@every_mixer
+def test_weights_stay_on_the_simplex_above_the_floor(m):
+    rng = np.random.default_rng(1)
+    wild = {(i, j): .5*rng.standard_cauchy() for i in NAMES for j in NAMES}
+    for world in (World(law()), World({k: v/max(abs(x) for x in wild.values()) for k,v in wild.items()})):
+        if isinstance(m, SkillIt): world.L = {d: 1e3 for d in NAMES}     # losses above 0
+        s, path = run(m, world)
+        for s in path:
+            for p in (np.array(list(m.weights(s).values())), shares(m, s)):
+                assert abs(p.sum() - 1) < 1e-9 and p.min() >= getattr(m, "floor", 0.)*(1 - 1e-9) and list(m.weights(s)) == NAMES
+
+@every_mixer
+@pytest.mark.parametrize("seed", range(3))
+def test_permuting_domains_permutes_weights(m, seed):
+    mixed = [NAMES[i] for i in np.random.default_rng(seed).permutation(5)]
+    one, two = run(m, World(law(), forgets=True))[0], run(m, World(law(), mixed, forgets=True))[0]
+    a, b = m.weights(one), m.weights(two)
+    assert list(b) == mixed and all(abs(a[d] - b[d]) < 1e-12 for d in NAMES)
+    assert np.abs(shares(m, one) - shares(m, two)[[mixed.index(d) for d in NAMES]]).max() < 1e-12
+
+@every_mixer
+def test_no_signal_moves_nothing(m):
+    s, path = run(m, World({k: 0. for k in law()}))
+    assert len(path) > 20 and np.abs(shares(m, s) - shares(m, path[0])).max() < 1e-12
+
+@online
+@pytest.mark.parametrize("best", NAMES)
+def test_a_planted_best_domain_is_found(m, best):
+    world = World({k: 5*v for k,v in law(best=best).items()}); s, path = run(m, world)
+    gain = shares(m, s)/shares(m, path[0])
+    assert NAMES[gain.argmax()] == best and gain.max() > 1.1
+
+@pytest.mark.parametrize("m", [ONLINE["aioli"], ONLINE["aioli_averaged"]])
+def test_aioli_measures_the_planted_law(m):
+    A = law(3); s, _ = run(m, World(A), 40)
+    assert np.abs(np.array(s["law"])/m.steps - np.array([[A[i, j] for j in NAMES] for i in NAMES])).max() < 1e-12
+
+def test_aiolis_matrix_has_losses_as_rows():
+    A = {(i, j): .01*(i == "code" and j == "web") for i in NAMES for j in NAMES}           # training on web lowers the loss on code
+    s, _ = run(ONLINE["aioli"], World(A), 40)
+    assert np.unravel_index(np.argmax(s["law"]), (5, 5)) == (0, 4) and np.argmax(np.array(s["p"])/np.array(s["prior"])) == 4
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), eta=st.floats(.01, 3), rounds=st.integers(1, 6))
+def test_the_averaged_aioli_never_leaves_its_bound(seed, eta, rounds):
+    m = Aioli(eta=eta, every=30, steps=1, passes=1, ema=.1); rng = np.random.default_rng(seed); s = m.init(NAMES, PRIOR, seed)
+    for r in range(rounds):
+        told = {q: {k: dict(zip(NAMES, rng.standard_cauchy(5))) for k in ("before", "after")} for q in m.plan(s, 1)}
+        s = m.observe(s, told)
+        ratio = np.array(s["p"])/np.array(s["prior"])
+        assert ratio.max()/ratio.min() <= math.exp(eta)*(1 + 1e-9)
+
+@every_mixer
+def test_a_state_through_json_at_any_step_has_the_same_future(m):
+    calm, _ = run(m, World(law(2)))
+    assert run(m, World(law(2)), via=lambda s: json.loads(json.dumps(s)))[0] == calm
+
+@every_mixer
+def test_nothing_that_is_passed_is_changed(m):
+    world, s = World(law()), m.init(NAMES, PRIOR, 0)
+    for t in range(1, 40):
+        before = copy.deepcopy(s); plan = m.plan(s, t); signals = {r: world.answer(r) for r in plan}; told = copy.deepcopy(signals)
+        new = m.observe(s, signals) if plan else s
+        assert s == before and signals == told and m.plan(s, t) == plan
+        s = new
+
+def leaves(answer, path=()):
+    for k,v in answer.items():
+        if isinstance(v, dict): yield from leaves(v, (*path, k))
+        else: yield (*path, k)
+
+@online
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "missing"])
+def test_a_bad_or_missing_signal_is_refused_by_name(m, bad):
+    s, world = m.init(NAMES, PRIOR, 0), World(law())
+    t = next(t for t in range(1, 99) if m.plan(s, t)); plan = m.plan(s, t); good = {r: world.answer(r) for r in plan}
+    for r in plan:
+        for *path, d in leaves(good[r]):
+            if isinstance(m, DGA) and path == ["norm"]: continue         # which it does not use
+            signals = copy.deepcopy(good); at = signals[r]
+            for k in path: at = at[k]
+            if bad == "missing": del at[d]
+            else: at[d] = bad
+            with pytest.raises(ValueError, match=f"(lacks|has to be a number for) '{d}'"): m.observe(s, signals)
+        with pytest.raises(ValueError, match="was not answered"): m.observe(s, {q: a for q,a in good.items() if q != r})
+
+@every_mixer
+@pytest.mark.parametrize("domains, prior, says", [([], {}, "at least one"), (["a", "a"], dict(a=1.), "different names"), (["a", "b"], dict(a=.5, b=.6), "sum to 1"), (["a", "b"], dict(a=1.), "one weight for each"), (["a", "b"], dict(a=float("nan"), b=1.), "'a' has to be a finite"), ([1, 2], {1: .5, 2: .5}, "names")])
+def test_a_bad_start_is_refused(m, domains, prior, says):
+    with pytest.raises(ValueError, match=says): Static().init(domains, prior, 0)
+    with pytest.raises(ValueError): m.init(domains, prior, 0)
+
+# One update
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), D=st.integers(1, 30))
+def test_exp_grad_stays_above_its_floor_and_keeps_order(data, D):
+    numbers = lambda lo, hi: np.array(data.draw(st.lists(st.floats(lo, hi), min_size=D, max_size=D)))
+    p = numbers(1e-6, 1); p /= p.sum(); a = numbers(-50, 50); floor = data.draw(st.floats(0, 1))/D
+    q = exp_grad(p, a, 1., floor)
+    assert abs(q.sum() - 1) < 1e-12 and q.min() >= floor*(1 - 1e-9)
+    assert np.abs(exp_grad(p, a + 7, 1., floor) - q).max() < 1e-12                            # a gain shared by all moves nothing
+    raw = np.log(p) + a; order = np.argsort(raw)
+    assert (np.diff(q[order]) >= -1e-12).all()
+
+# In a run
+
+class Text:
+    def __init__(self, t): self.t = np.asarray(t)
+    def __len__(self): return len(self.t)
+    def read(self, start, n): return self.t[start:start+n]
+
+rng = np.random.default_rng(0)
+TEXT = dict(count=Text(np.arange(900) % 23), noise=Text(rng.integers(0, 23, 900)))
+WINDOWS = {d: torch.from_numpy(np.stack([t.read(i, 13) for i in (3, 400)])) for d,t in TEXT.items()}
+
+def trained(folder, mixer, steps, hook=None):
+    torch.manual_seed(0); model, reference = (MobileLLM(Shape(vocab=23, dim=8, ff=8, layers=1, heads=2, kv_heads=1, context=12)) for _ in "mr")
+    stream = MixedStream(TEXT, dict(count=.5, noise=.5), batch=4, length=12); o = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    h = hook(stream) if hook else Steer(mixer, model, stream, WINDOWS, reference=reference, minibatch=2)
+    fit(model, stream, o, lambda t: 1., [h], steps=steps, run=folder, every=4); stream.close()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+def log(folder): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(folder/"log.jsonl")]
+SHORT = dict(ONLINE, aioli=Aioli(eta=2., every=12, steps=2, passes=2))
+
+@pytest.mark.parametrize("m", SHORT.values(), ids=SHORT)
+def test_a_run_goes_on_exactly_and_its_log_replays_it(m, tmp_path):
+    want = trained(tmp_path/"calm", m, 26)
+    assert len({json.dumps([r["weights"], r.get("loss_weights")]) for r in log(tmp_path/"calm")}) > 2
+    for i,cut in enumerate((1, 3, 7, 14)):
+        trained(tmp_path/f"{i}", m, cut)
+        assert torch.equal(trained(tmp_path/f"{i}", m, 26), want) and log(tmp_path/f"{i}") == log(tmp_path/"calm")
+    assert torch.equal(trained(tmp_path/"replay", None, 26, lambda s: Replay(s, log(tmp_path/"calm"))), want)
+    assert log(tmp_path/"replay") == log(tmp_path/"calm")
+
+def test_the_mixers_state_counts(tmp_path, monkeypatch):
+    "If it did not come back, the end would be another: the test above can fail."
+    m = SHORT["aioli"]; want = trained(tmp_path/"calm", m, 26)
+    trained(tmp_path/"cut", m, 7)
+    monkeypatch.setattr(Steer, "load_state_dict", lambda self, s: None)
+    assert not torch.equal(trained(tmp_path/"cut", m, 26), want)
+
+def test_gradients_of_frozen_and_unused_parameters():
+    torch.manual_seed(0); m = MobileLLM(Shape(vocab=23, dim=8, ff=8, layers=2, heads=2, kv_heads=1, context=12)); x = list(WINDOWS.values())
+    whole = gram(m, x)
+    for p in m.blocks[0].parameters(): p.requires_grad_(False)
+    part = gram(m, x)
+    assert part[0,0] < whole[0,0] and all(p.grad is None for p in m.parameters())
+    m.extra = torch.nn.Parameter(torch.ones(3))
+    assert torch.equal(gram(m, x), part) and gram(m, x[:1]).shape == (1, 1)
+
+# Stream and mixture
+
+class Numbers(Text):
+    def __init__(self, start, n): self.t = np.arange(start, start + n)
+
+def schedules(n, seed):
+    "Random changes of the weights, kills and resumes; what the log says happened is what happened."
+    text = dict(a=Numbers(0, 900), b=Numbers(10_000, 300), c=Numbers(20_000, 120))
+    for k in range(n):
+        rng = np.random.default_rng([seed, k]); new = lambda: MixedStream(text, dict.fromkeys(text, 1/3), 3, 8, k)
+        s, saved, log, seen = new(), None, [], []
+        while len(log) < 40:
+            event = rng.random()
+            if event < .3: s.weights = dict(zip(text, rng.dirichlet([.4]*3)))
+            elif event < .4: saved = json.loads(json.dumps([s.state_dict(), len(log)]))
+            elif event < .5 and saved:                                   # killed: what came after the commit is gone, from the log too
+                s.close(); s = new(); s.load_state_dict(saved[0]); log, seen = log[:saved[1]], seen[:saved[1]]
+            tokens, δ = next(s); log.append(s.weights); seen.append([*zip(δ.tolist(), tokens[:,0].tolist())])
+        s.close(); fresh, replayed = new(), []
+        for p in log:
+            fresh.weights = p; tokens, δ = next(fresh); replayed.append([*zip(δ.tolist(), tokens[:,0].tolist())])
+        fresh.close()
+        assert Counter(sum(seen, [])) == Counter(sum(replayed, [])) and seen == replayed
+        given = np.bincount([d for b in seen for d,_ in b], minlength=3); asked = 3*np.sum([list(p.values()) for p in log], 0)
+        assert (asked - given < 2).all() and (asked - given > -1).all()
+
+def test_the_log_says_what_was_seen(): schedules(10, 0)
+
+@pytest.mark.soak
+def test_the_log_says_what_was_seen_under_200_schedules(record_property): schedules(200, 1); record_property("schedules", 200)
