@@ -85,10 +85,10 @@ def _step(self:GaLore, g, n, p):
     layout.rows(w).mul_(1 - g["lr"]*g["weight_decay"]).sub_(η*self.moments(g, p, R) @ state["basis"][layout.own].mT)
     self.put(p, w)
 
-# %% ../../../nbs/optimizers/galore.ipynb #ddbcba6d
+# %% ../../../nbs/optimizers/galore.ipynb #833290d8
 def _gram(layout, G, Z):
     "GᵀG Z, summed over processes: mk numbers sent if aligned, else nk + mk."
     X, full = G.to(Z.dtype), torch.zeros_like(Z)
     full[layout.own] = X.mT @ layout.project(X, Z.mT)
     if layout.group: dist.all_reduce(full, group=layout.group)
-    return full
+    return full.nan_to_num_(0., 0., 0.)                                      # a decomposition would raise where the moments take the bad number
