@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['orthogonal', 'Muon']
 
-# %% ../../../nbs/optimizers/muon.ipynb #a62cf02f
+# %% ../../../nbs/optimizers/muon.ipynb #e75e1880
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.distributed.tensor import DTensor
+from .adamw import adamw
+from .contract import Optimizer, is_end, working
 
 # %% ../../../nbs/optimizers/muon.ipynb #c9e24f19
 def orthogonal(
@@ -25,8 +27,8 @@ def orthogonal(
         X = a*X + (b*A + c*A @ A) @ X
     return X.mT if tall else X
 
-# %% ../../../nbs/optimizers/muon.ipynb #4b6dfc46
-class Muon(torch.optim.Optimizer):
+# %% ../../../nbs/optimizers/muon.ipynb #c4446218
+class Muon(Optimizer):
     "Muon for the matrices of the blocks, AdamW for everything else."
     def __init__(self,
         named_parameters, # (name, parameter) pairs, as from `model.named_parameters()`
@@ -36,53 +38,34 @@ class Muon(torch.optim.Optimizer):
         betas:tuple=(0.9, 0.95), # of AdamW
         eps:float=1e-8, # of AdamW
         weight_decay:float=0.1, # λ; norms are not decayed
+        maximize:bool=False, # go up instead of down
     ):
-        if not lr > 0: raise ValueError(f"the learning rate has to be above 0 (got {lr=})")
         if not 0 <= momentum < 1: raise ValueError(f"the momentum lies in [0, 1) (got {momentum=})")
-        if not all(0 <= β < 1 for β in betas): raise ValueError(f"both betas lie in [0, 1) (got {betas=})")
-        if not weight_decay >= 0: raise ValueError(f"the weight decay is at least 0 (got {weight_decay=})")
-        named = list(named_parameters)
-        if odd := [n for n,p in named if p.is_complex() or p.is_sparse]: raise ValueError(f"parameters are dense and real (got {odd[0]!r})")
-        is_matrix = lambda n, p: p.ndim == 2 and not n.startswith(("embed", "head"))
-        groups = [dict(params=[p for n,p in named if is_matrix(n, p)], matrix=True, weight_decay=weight_decay),
-                  dict(params=[p for n,p in named if not is_matrix(n, p) and p.ndim == 2], matrix=False, weight_decay=weight_decay),
-                  dict(params=[p for n,p in named if p.ndim != 2], matrix=False, weight_decay=0.)]
-        super().__init__([g for g in groups if g["params"]], dict(lr=lr, momentum=momentum, betas=tuple(betas), eps=eps))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
-        for g in self.param_groups: (_matrices if g["matrix"] else _adamw)(g, self.state)
-        return loss
+        super().__init__(named_parameters, dict(lr=lr, momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
-    def state_bytes(
-        shapes:dict, # parameter name -> shape
-    )->int: # bytes of the state after the first step
-        "Bytes of optimizer state for parameters of 32 bits."
-        size = lambda s: 4*torch.Size(s).numel()
-        return sum(size(s) if len(s) == 2 and not n.startswith(("embed", "head")) else 2*size(s) + 4 for n,s in shapes.items())
+    def rule(name, shape): return "muon" if len(shape) == 2 and not is_end(name) else "adamw"
+    @staticmethod
+    def slots(rule, shape, rank=None): return dict(momentum=shape, step=()) if rule == "muon" else Optimizer.slots(rule, shape)
 
-# %% ../../../nbs/optimizers/muon.ipynb #08ff30ca
-def _matrices(g, state):
+    def admit(self, rule, named, group):
+        if odd := [n for n,p in named if rule == "muon" and isinstance(p, DTensor)]: raise ValueError(f"Muon needs whole matrices (got the sharded {odd[0]!r}); replicate them, or take optimizers.apollo")
+
+    def update(self, g, named):
+        if g["rule"] == "muon": _matrices(self, g, [p for _,p in named])
+        else:
+            for _,p in named: adamw(self, g, p)
+
+# %% ../../../nbs/optimizers/muon.ipynb #147699a7
+def _matrices(o, g, params):
     "One step of Muon, matrices of one shape together."
     shapes = {}
-    for p in g["params"]:
-        if p.grad is not None: shapes.setdefault(p.shape, []).append(p)
+    for p in params: shapes.setdefault(p.shape, []).append(p)
     for (m,n),ps in shapes.items():
-        for p in ps: state[p].setdefault("momentum", torch.zeros_like(p)).mul_(g["momentum"]).add_(p.grad)
-        O = orthogonal(torch.stack([state[p]["momentum"]*g["momentum"] + p.grad for p in ps]))
-        for p,o in zip(ps, O): p.mul_(1 - g["lr"]*g["weight_decay"]).add_(o, alpha=-0.2*g["lr"]*max(m, n)**0.5)
-
-# %% ../../../nbs/optimizers/muon.ipynb #3a7b03f2
-def _adamw(g, state):
-    "One step of torch's fused AdamW."
-    ps = [p for p in g["params"] if p.grad is not None]
-    for p in ps:
-        if not state[p]: state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=torch.tensor(0.))
-    if not ps: return
-    pick = lambda k: [state[p][k] for p in ps]
-    adamw(ps, [p.grad for p in ps], pick("exp_avg"), pick("exp_avg_sq"), [], pick("step"), fused=True, amsgrad=False,
-        beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"], maximize=False)
+        for p in ps:
+            o.begin(p, momentum=torch.zeros_like(p, dtype=working(p))); o.tick(p)
+            o.state[p]["momentum"].mul_(g["momentum"]).add_(o.gradient(g, p))
+        O = orthogonal(torch.stack([o.state[p]["momentum"]*g["momentum"] + o.gradient(g, p) for p in ps]))
+        for p,X in zip(ps, O):
+            w = o.weight(p)
+            w.mul_(1 - g["lr"]*g["weight_decay"]).add_(X, alpha=-0.2*g["lr"]*max(m, n)**0.5); o.put(p, w)
