@@ -5,49 +5,92 @@
 # %% auto #0
 __all__ = ['naive', 'fast']
 
-# %% ../../../nbs/kernels/product.ipynb #b150754a
-import torch
+# %% ../../../nbs/kernels/product.ipynb #165ff138
+import ctypes, torch
 from torch import Tensor
-from . import activations
-from .rows16 import COLUMNS, Packed, codes_of, levels, pack, rows
+from . import activations, native
+from .rows16 import Packed, codes_of, levels, pack, rows, struct
 from ..quantizers.lowbit import LowBit
 
-# %% ../../../nbs/kernels/product.ipynb #1bec8350
+# %% ../../../nbs/kernels/product.ipynb #7f3ab4a5
 def naive(
     x:Tensor, # activations, (..., k) float32
     q:LowBit, # weights, (m, k)
 )->Tensor: # (..., m) float32
     "The product by its definition: integers in int64, scales in float64."
     (m, k), g, L = q.shape, q.group, levels(q.grid[0])
-    if x.shape[-1] != k: raise ValueError(f"the weights have {k} columns (got activations of shape {tuple(x.shape)})")
-    a, s = activations.quantize(x.reshape(-1, k))
+    _check(x, k)
+    a, s = activations.quantize(x.reshape(x.shape[:-1].numel(), k))
     if q.perm is not None: a = a[:, q.perm.long()]
     a = a.long().view(len(a), k//g, g).transpose(0, 1)                                        # (groups, M, g)
-    n = torch.tensor(L.level)[q.codes().long()].view(m, k//g, g).permute(1, 2, 0)             # (groups, g, m)
+    ℓ = torch.tensor(L.level)[q.codes().long()].view(m, k//g, g).permute(1, 2, 0)             # (groups, g, m)
     A = a.sum(-1, keepdim=True)                                                               # (groups, M, 1)
-    i = 2**L.shift * (a @ n) + L.offset * A                                                   # (groups, M, m)
+    i = 2**L.shift * (a @ ℓ) + L.offset * A                                                   # (groups, M, m)
     Δ, z = q.scales.double().t()[:, None], torch.zeros(()) if q.zeros is None else q.zeros.double().t()[:, None]
     y = (Δ*L.step*i + (z + Δ*L.rest)*A).sum(0)
     return (s.double()*y).float().view(*x.shape[:-1], m)
 
-# %% ../../../nbs/kernels/product.ipynb #03635757
+def _check(x, k):
+    if x.dtype != torch.float32: raise TypeError(f"activations are float32 (got {x.dtype}); convert them with .float()")
+    if x.device.type != "cpu": raise ValueError(f"this product runs on the processor (got activations on {x.device}); move them with .cpu()")
+    if not x.ndim or x.shape[-1] != k: raise ValueError(f"the weights have {k} columns (got activations of shape {tuple(x.shape)})")
+
+# %% ../../../nbs/kernels/product.ipynb #9c835db8
 def _plain(x, packed):
     "The product from the packing, in torch."
     (m, k), g, G = packed.shape, packed.group, packed.scales.shape[1]
-    a, s = activations.quantize(x.reshape(-1, k))
+    a, s = activations.quantize(x.reshape(x.shape[:-1].numel(), k))
     if packed.perm is not None: a = a[:, packed.perm.long()]
-    c = codes_of(packed.data, packed.width)[:m].view(m, G, -1)[..., :g]
-    n = c.double() if packed.table is None else packed.table[c.int()].double()
+    c = codes_of(packed.data, packed.width)[:m].unflatten(1, (G, -(-g//32)*32))[..., :g]
+    ℓ = c.double() if packed.table is None else packed.table[c.int()].double()
     a = a.double().view(len(a), G, g)
     A = a.sum(-1)                                                                             # (M, groups)
-    i = 2**packed.shift * torch.einsum("Mgk,mgk->gMm", a, n) + packed.offset * A.t()[..., None]
+    i = 2**packed.shift * torch.einsum("Mgk,mgk->gMm", a, ℓ) + packed.offset * A.t()[..., None]
     Δ, z = (None if t is None else t.transpose(1, 2).flatten(0, 1)[:m].double().t()[:, None] for t in (packed.scales, packed.zeros))
     y = (Δ*i).sum(0) if z is None else (Δ*i + z*A.t()[..., None]).sum(0)
     return (s.double()*packed.step*y).float().view(*x.shape[:-1], m)
 
+# %% ../../../nbs/kernels/product.ipynb #0b5cf9b6
+def _run(x, packed, path=None, threads=None):
+    lib = native.load("product.cpp")
+    if lib is None: return _plain(x, packed)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], packed.shape[0])
+    lib.product(ctypes.byref(struct(packed)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.shape[:-1].numel()),
+        torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path)
+    return y
+
+# %% ../../../nbs/kernels/product.ipynb #dcb4c513
+@torch.library.custom_op("paretolab::product", mutates_args=())
+def _product(x:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
+    m, k, *rest = numbers
+    return _run(x, Packed(data, scales, zeros, perm, table, grid, (m, k), *rest, step))
+
+@_product.register_fake
+def _(x, data, scales, zeros, perm, table, grid, numbers, step): return x.new_empty(*x.shape[:-1], numbers[0])
+
+def _remember(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:7])
+    ctx.numbers, ctx.step = inputs[7:]
+
+def _backward(ctx, dy): return _back(dy, *ctx.saved_tensors, ctx.numbers, ctx.step), *[None]*8
+
+@torch.library.custom_op("paretolab::product_back", mutates_args=())
+def _back(dy:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
+    m, k, *rest = numbers
+    return dy @ rows(Packed(data, scales, zeros, perm, table, grid, (m, k), *rest, step), torch.arange(m))
+
+@_back.register_fake
+def _(dy, data, scales, zeros, perm, table, grid, numbers, step): return dy.new_empty(*dy.shape[:-1], numbers[1])
+
+_product.register_autograd(_backward, setup_context=_remember)
+
+# %% ../../../nbs/kernels/product.ipynb #6ed42aa6
 def fast(
     x:Tensor, # activations, (..., k) float32
     packed:Packed, # weights, (m, k)
 )->Tensor: # (..., m) float32
-    "The product."
-    return _plain(x, packed)
+    "The product from the packing, with exact integers and torch's number of threads."
+    p = packed
+    _check(x, p.shape[1])
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()): return _run(x, p)
+    return _product(x, p.data, p.scales, p.zeros, p.perm, p.table, p.grid, [*p.shape, p.width, p.group, p.shift, p.offset], p.step)
