@@ -11,7 +11,7 @@ from pathlib import Path
 import paretolab
 
 # %% ../../../nbs/kernels/native.ipynb #59c5c080
-_flags = "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"
+_flags = "-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC"
 
 def key(
     s:bytes, # the C++ file
