@@ -17,7 +17,7 @@ setup: $(READY) ## install everything into .venv
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"paretolab needs Python 3.11 or newer (got {v[0]}.{v[1]}): make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[lab,dev,transformers,optimizers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[lab,dev,transformers,optimizers,kernels]'
 	@touch $@
 
 demo: $(READY) ## train, compress, measure, and draw the frontier (paretolab frontier)
