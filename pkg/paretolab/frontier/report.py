@@ -111,28 +111,33 @@ def figure(
 
 # %% ../../../nbs/frontier/report.ipynb #08b87981
 _svg_style = """svg{font:13px system-ui,sans-serif}.panel{fill:#fff;stroke:#d9dde3}.ink{fill:#1d2430}.soft{fill:#66707f}.grid{stroke:#e6e9ee}.ref{stroke:#8b8f98;stroke-dasharray:2 4}
-.stair{fill:none;stroke:#d1495b;stroke-width:2.5}
-@media(prefers-color-scheme:dark){.panel{fill:#141922;stroke:#2c3442}.ink{fill:#e8ebf0}.soft{fill:#98a2b3}.grid{stroke:#252d3a}}"""
+.stair{fill:none;stroke:#d1495b;stroke-width:2.5}.halo{paint-order:stroke;stroke:#fff;stroke-width:4px;stroke-linejoin:round}
+@media(prefers-color-scheme:dark){.halo{stroke:#141922}.panel{fill:#141922;stroke:#2c3442}.ink{fill:#e8ebf0}.soft{fill:#98a2b3}.grid{stroke:#252d3a}}"""
 
 def _svg(points, references):
     "The frontier as an SVG image, 860 wide."
     f, x0, x1, y0, y1 = _Frame(points, references), 70, 610, 375, 60
-    runs = _runs(f.points); height = 418 + 22*((len(runs) + 1)//2)
+    runs = _runs(f.points); height = 444 + 22*((len(runs) + 1)//2)
     X = lambda s: round(x0 + (x1 - x0)*math.log(s/f.left)/math.log(f.right/f.left), 1)
     Y = lambda q: round(y0 - (y0 - y1)*(min(q, f.top) - f.bottom)/(f.top - f.bottom), 1)
     text = lambda x, y, t, c="soft", a="start": f'<text x="{x}" y="{y}" class="{c}" text-anchor="{a}">{html.escape(textwrap.shorten(t, 48, placeholder="…"))}</text>'
-    out = [text(x0, 34, "bits per byte, mean of domains (less is better)", "ink"), text(x1 + 12, y0 + 22, "model on disk", "ink")]
+    out = [text(x0, 28, "bits per byte, mean of domains (less is better)", "ink"), text(x1 + 12, y0 + 22, "model on disk", "ink")]
     step = 10**math.floor(math.log10((f.top - f.bottom)/3)); step *= 2 if (f.top - f.bottom)/step > 6 else 1
     for k in range(math.ceil(f.bottom/step), int(f.top/step) + 1): out += [f'<path class="grid" d="M{x0} {Y(k*step)}H{x1}"/>', text(x0 - 10, Y(k*step) + 4, f"{k*step:.3g}", a="end")]
     for t in _ticks(f.left, f.right): out += [f'<path class="grid" d="M{X(t)} {y0}V{y1}"/>', text(X(t), y0 + 22, _bytes(t), a="middle")]
     for name,q in f.lines.items(): out += [f'<path class="ref" d="M{x0} {Y(q)}H{x1}"/>', text(x1 + 12, Y(f.labels[name]) + 4, f"{q:.2f} {name}")]
     if f.steps: out.append(f'<path class="stair" d="M{X(f.steps[0][0])} {Y(f.top)}' + "".join(f"H{X(s)}V{Y(q)}" for s,q in f.steps) + '"/>')
+    taken = [(X(p.model_bytes), Y(f.q(p.bpb)) + 5) for p in f.points]            # where something stands already
+    def place(x, y):
+        "Below the point, above it, or further off: where nothing stands."
+        return next((at for at in ((x, y + 22), (x, y - 12), (x, y + 36), (x, y - 26)) if all(abs(at[0] - a) > 44 or abs(at[1] - b) > 12 for a,b in taken)), (x, y + 22))
     for i,(label,ps) in enumerate(runs.values()):
         c, x, y = _palette[i % len(_palette)], x0 + 390*(i % 2), 424 + 22*(i//2)
         for p in ps:
-            q = f.q(p.bpb)
-            out += [f'<circle cx="{X(p.model_bytes)}" cy="{Y(q)}" r="6" fill="{c}" fill-opacity="{1 if p in f.best else .15}" stroke="{c}" stroke-width="2"/>', text(X(p.model_bytes), Y(q) + 22, _label(p, q, f.top), "ink", "middle")]
+            q = f.q(p.bpb); taken.append(at := place(X(p.model_bytes), Y(q)))
+            out += [f'<circle cx="{X(p.model_bytes)}" cy="{Y(q)}" r="6" fill="{c}" fill-opacity="{1 if p in f.best else .15}" stroke="{c}" stroke-width="2"/>', text(*at, _label(p, q, f.top), "ink halo", "middle")]
         out += [f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{c}"/>', text(x + 12, y, label)]
+    out.append(f'<text x="{x0}" y="{height - 14}" class="soft">Filled: nothing smaller is as good. At the upper edge: off the scale, with its value.</text>')
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" width="860" height="{height}" role="img"><style>{_svg_style}</style><rect class="panel" x=".5" y=".5" width="859" height="{height - 1}" rx="12"/>{"".join(out)}</svg>'
 
 # %% ../../../nbs/frontier/report.ipynb #7e88595d
