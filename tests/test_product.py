@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from paretolab.kernels import activations, native, product, rows16
-from paretolab.quantizers import absmax
-from paretolab.quantizers.lowbit import LEVELS, LowBit
+from paretolab.quantizers.lowbit import LowBit
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 PATHS = range(native.load("product.cpp").best_path() + 1) if shutil.which("g++") else []
