@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from paretolab.kernels import activations, native, product, rows16
-from paretolab.quantizers import absmax
-from paretolab.quantizers.lowbit import LEVELS, LowBit
+from paretolab.quantizers.lowbit import LowBit
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 PATHS = range(native.load("product.cpp").best_path() + 1) if shutil.which("g++") else []
@@ -35,7 +34,7 @@ def bound(x, q):
     a, s = activations.quantize(x)
     a = a.double().abs() if q.perm is None else a.double().abs()[:, q.perm.long()]
     L, G = rows16.levels(q.grid[0]), q.scales.shape[1]
-    value = (torch.tensor(L.level, dtype=torch.float64)*2**L.shift + L.offset).abs()*L.step + abs(L.rest)
+    value = (torch.tensor(L.level, dtype=torch.float64)*2**L.shift + L.offset).abs()*abs(L.step) + abs(L.rest)
     a, v = a.view(len(a), G, q.group if G else 0), value[q.codes().int()].view(q.shape[0], G, q.group if G else 0)*q.scales.double()[..., None]
     if q.zeros is not None: v = v + q.zeros.double().abs()[..., None]
     size = s.double() * torch.einsum("Mgk,mgk->Mm", a, v)
