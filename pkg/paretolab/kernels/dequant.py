@@ -70,11 +70,11 @@ def _product(x, w, grid, scales, zeros, y, M, N, C, units, row, Q0, δ, U: tl.co
     if not GROUP: acc *= _scale(tl.load(scales + n, mask=n < N, other=0), KIND)[None, :]
     tl.store(y + m[:, None].to(tl.int64)*N + n[None, :], acc.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
-# %% ../../../nbs/kernels/dequant.ipynb #9d0cd68f
+# %% ../../../nbs/kernels/dequant.ipynb #6ddbfcbd
 def _tiles(bits, M):
-    "Rows, columns, units of a tile, and warps: for decoding up to 16 rows, and for prefill."
-    U = _unit[bits][0]
-    return dict(BM=16, BN=64, BU=64 if U < 4 else 32, num_warps=4) if M <= 16 else dict(BM=64, BN=64, BU=64 if U == 1 else 32, num_warps=4)
+    "Rows, columns, units of a tile, warps and stages: for decoding up to 16 rows, and for prefill."
+    U, P = _unit[bits]
+    return dict(BM=16 if M <= 16 else 64, BN=64, BU=16 if U > 4 or P > 1 else 32 if U > 1 else 64, num_warps=4, num_stages=2)
 
 _kinds = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
@@ -108,14 +108,14 @@ def fast(
         y = y + _run(x[:, mine.repeat_interleave(q.group)], packed, grid, q.scales[:, mine], None if q.zeros is None else q.zeros[:, mine], b, q.group)
     return y.to(x.dtype)
 
-# %% ../../../nbs/kernels/dequant.ipynb #33689612
+# %% ../../../nbs/kernels/dequant.ipynb #641bd78d
 def _case(bits, variant, M):
     t, tiles = dict(zip(("x", "w", "grid", "scales", "zeros", "y"), ("*bf16", "*u8", "*fp32", "*fp16", "*fp16", "*fp32"))), _tiles(bits, M)
     if variant in ("e8m0", "e4m3"): t["scales"] = "*u8"
     U, P = _unit[bits]
     fixed = dict(U=U, P=P, BITS=bits, LEVELS=3 if bits == 1.58 else 2**bits, GROUP=0 if variant == "row" else 128, EVEN=variant != "table",
-        ZEROS=variant == "zeros", KIND=variant if variant in ("e8m0", "e4m3") else "float", **{k: v for k, v in tiles.items() if k != "num_warps"})
+        ZEROS=variant == "zeros", KIND=variant if variant in ("e8m0", "e4m3") else "float", **{k: v for k, v in tiles.items() if not k.startswith("num_")})
     return Case(f"{bits:g} bits, {variant}, {'decode' if M == 1 else 'prefill'}", _product, t | dict.fromkeys(("M", "N", "C", "units", "row"), "i32") | dict.fromkeys(("Q0", "δ"), "fp32"),
-        fixed, dot=True, num_warps=tiles["num_warps"], aligned=("N", "C", "units", "row"))
+        fixed, dot=True, num_warps=4, num_stages=2, aligned=("N", "C", "units", "row"))
 
 cases = [_case(b, v, M) for b in _unit for v in ("row", "group", "table") for M in (1, 256)] + [_case(4, v, M) for v in ("e8m0", "e4m3", "zeros") for M in (1, 256)]
