@@ -20,15 +20,15 @@ from ..kernels.unpack import fast as unpack, row_bytes
 # %% ../../../nbs/quantizers/lowbit.ipynb #3b2faaa2
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 6: 64, 8: 256} # width in bits -> levels a code of that width can name
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #11357d3b
+# %% ../../../nbs/quantizers/lowbit.ipynb #4c449bfe
 def pack_bits(
     codes:Tensor, # integers 0 <= codes < LEVELS[bits], (rows, columns)
     bits:float, # one of LEVELS
 )->Tensor: # uint8, (rows, bytes)
     "Pack each row of `codes` into bytes: layout `plain`."
-    B, k = (3, 5) if bits == 1.58 else (2, 8)
+    B, k = (3, 5) if bits == 1.58 else (2, 8) if 8 % bits else (2**bits, 8//bits)
     d = codes.to(torch.uint8)
-    if B == 2: d = ((d[..., None] >> torch.arange(int(bits), dtype=torch.uint8)) & 1).flatten(1)   # (rows, columns*bits)
+    if bits in (3, 6): d = ((d[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(1)   # (rows, columns*bits)
     n = ceil(d.shape[1] / k)
     d = pad(d, (0, n*k - d.shape[1])).view(len(d), n, k)
     return (d * torch.tensor([B**j for j in range(k)], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
@@ -161,7 +161,17 @@ def dequantize(self:LowBit,
     if self.perm is not None: ŵ = ŵ[:, self.perm.argsort()]
     return ŵ.to(dtype)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #f773c462
+# %% ../../../nbs/quantizers/lowbit.ipynb #c3674591
+def _ordered(path):
+    "Sort the metadata in a file's header: the library writes them in an order of its own each time."
+    with open(path, "r+b") as f:
+        n = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(n))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= n: f.seek(8); f.write(text.ljust(n))
+
+# %% ../../../nbs/quantizers/lowbit.ipynb #f98c2766
 def save(
     path:str|Path, # file to write
     tensors:dict[str,LowBit|Tensor], # by name
@@ -182,6 +192,7 @@ def save(
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         save_file(parts, part, meta)
+        if meta: _ordered(part)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
