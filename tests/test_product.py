@@ -12,7 +12,7 @@ PATHS = range(native.load("product.cpp").best_path() + 1) if shutil.which("g++")
 E2M1 = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6])
 GRIDS = {"sign": (1, torch.tensor([-1., 1])), "0/1": (1, torch.tensor([0., 1])), "ternary": (1.58, torch.tensor([-1., 0, 1])), "uneven ternary": (1.58, torch.tensor([-1., 0, 2])),
     "stretched": (2, torch.tensor([-1.5, -.5, .5, 1.5])), "2": (2, torch.arange(-2, 2.)), "three of 2": (2, torch.arange(-1, 2.)), "offset": (2, torch.tensor([.1, 1.3, 2.5, 3.7])),
-    "3": (3, torch.arange(-4, 4.)), "3 half": (3, torch.arange(-3.5, 4)), "4": (4, torch.arange(-8, 8.)), "falling": (4, -.25*torch.arange(-8, 8.)), "FP4": (4, torch.cat([E2M1, -E2M1])),
+    "3": (3, torch.arange(-4, 4.)), "3 half": (3, torch.arange(-3.5, 4)), "4": (4, torch.arange(-8, 8.)), "falling": (4, -.25*torch.arange(-8, 8.)), "FP4": (4, torch.cat([E2M1, -E2M1])), "table to 127": (4, torch.cat([torch.arange(15.), torch.tensor([127.])])),
     "6": (6, torch.arange(-31, 32.)), "8": (8, torch.arange(-128, 128.)), "8 half": (8, torch.arange(-127.5, 128)), "8 squares": (8, torch.cat([torch.arange(0, 100.), torch.arange(100, 256, 2.)]))}
 
 def tensor(grid, m, k, group=0, seed=0, scales=torch.float16, zeros=None, perm=False):
@@ -102,7 +102,7 @@ def test_integers_are_exact_on_every_path(grid, group):
         for path in PATHS: assert torch.equal(product._run(x, product.pack(q), path), want), path
 
 @compiler
-@pytest.mark.parametrize("grid, k", [("8", 65536), ("8 half", 65536), ("FP4", 40000), ("4", 65536), ("stretched", 65536), ("sign", 65536)])
+@pytest.mark.parametrize("grid, k", [("8", 65536), ("8 half", 65536), ("FP4", 40000), ("table to 127", 65536), ("4", 65536), ("stretched", 65536), ("sign", 65536)])
 def test_the_largest_sums_do_not_overflow(grid, k):
     bits, Q = GRIDS[grid]
     L, p = rows16.levels(Q), product.pack(LowBit.pack(torch.tensor([[len(Q) - 1]]).expand(1, k), torch.ones(1, 1).half(), Q, bits))
