@@ -156,10 +156,11 @@ def fast(
     ready(q)
     return _Attention.apply(q, k, v, block, local, stride)
 
-# %% ../../../nbs/kernels/s2_attention.ipynb #b58d1665
+# %% ../../../nbs/kernels/s2_attention.ipynb #83048a35
 def _case(kernel, D, B, outs, ins):
     fixed = dict(LOCAL=4, STRIDE=4, D=D, B=B)
-    return Case(f"D={D}, B={B}", kernel, dict.fromkeys(("q", "k", "v") + outs, "*bf16") | dict.fromkeys(ins, "*fp32") | dict(T="i32", H="i32", scale="fp32"), fixed, dot=True, num_warps=_warps(D), num_stages=2)
+    return Case(f"D={D}, B={B}", kernel, dict.fromkeys(("q", "k", "v") + outs, "*bf16") | dict.fromkeys(ins, "*fp32") | dict(T="i32", H="i32", scale="fp32"), fixed, dot=True, num_warps=_warps(D), num_stages=2,
+        targets=("sm_80", "sm_90") if D*B > 64*64 else ("sm_80", "sm_90", "gfx942"))
 
 cases = [c for D in (32, 64, 128) for B in (32, 64) for c in (_case(_forward, D, B, ("o",), ("lse",)),
     _case(_backward_q, D, B, ("do", "dq"), ("lse", "δ")), _case(_backward_kv, D, B, ("do", "dk", "dv"), ("lse", "δ")))]
