@@ -81,7 +81,7 @@ def _steps(s, text, run):
         part.replace(note)
     return json.loads(note.read_text())
 
-# %% ../../../nbs/frontier/job.ipynb #987e713a
+# %% ../../../nbs/frontier/job.ipynb #19e090fd
 def train(
     s:Settings, # all settings
     text:Text, # from `prepare`
@@ -98,6 +98,7 @@ def train(
     run = Path(s.out)/"training"/f"{s.shape}-{key}"
     steps = _steps(s, text, run)
     fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), steps=steps, run=run, every=s.every)
+    if hasattr(optimizer, "eval"): optimizer.eval()                           # some keep the model that is used beside the one that is trained
     log = [json.loads(l) for l in open(run/"log.jsonl")]
     seconds = sum(b["seconds"] - (a["seconds"] if b["seconds"] > a["seconds"] else 0) for a,b in zip([dict(seconds=0), *log], log))
     held = lambda ts: sum(t.numel()*t.element_size() for t in ts)
