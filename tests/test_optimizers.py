@@ -117,7 +117,7 @@ def against(name, steps=10):
     return worst
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("muon.Muon", "baselines.Adafactor", "baselines.SOAP", "baselines.ScheduleFree")])   # these: against their libraries, on their pages
-def test_equals_an_independent_definition(name): assert against(name) < 1e-10
+def test_equals_an_independent_definition(name): assert against(name) < (1e-6 if name == "baselines.NAdamW" else 1e-10)          # torch keeps a product of NAdam in 32 bits
 
 # Saved and resumed
 
@@ -183,7 +183,7 @@ def test_order_of_parameters_does_not_matter(name):
 @every
 def test_names_given_by_wrappers_do_not_matter(name):
     P, Q = start(), start()
-    train(P, make(name, P, lr=.01), 0, 6); train(Q, make(name, {"_orig_mod." + n: p for n,p in Q.items()}, lr=.01), 0, 6, gradient) if False else None
+    train(P, make(name, P, lr=.01), 0, 6)
     wrapped = {"module._orig_mod." + n: p for n,p in Q.items()}; o = member("optimizers", name)(wrapped.items(), lr=.01, **kw(name))
     for t in range(6):
         for n,p in Q.items(): p.grad = gradient(n, t)
@@ -334,7 +334,7 @@ def test_gradients_that_cannot_be_are_refused_before_anything_changes(name, how)
 # Ledgers, rules and plans
 
 @every
-@given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=4), st.booleans())
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=4), st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_the_ledger_is_exact(name, sizes, half):
     shapes = {("embed" if i == 1 else "q") + f"{i}.weight": tuple(s) for i,s in enumerate(sizes)}
@@ -373,14 +373,13 @@ def test_rounding_at_random_is_right_on_average_and_depends_on_no_order():
 
 ROOT = Path(importlib.import_module("paretolab.optimizers.contract").__file__).parent
 def late_start(name):
-    P = start(); was = {n: p.detach().clone() for n,p in P.items()}; train(P, make(name, P, lr=.01), 0, 1, lambda n, t: torch.zeros(SHAPES[n])); train(P, make(name, P, lr=.01), 1, 3)
-    o = make(name, Q := start(), lr=.01); train(Q, o, 0, 1, lambda n, t: torch.zeros(SHAPES[n])); train(Q, o, 1, 5)
-    assert all((Q[n] - was[n]).abs().max() > 1e-3 for n in Q)
-def definition(name): assert against(name) < 1e-10
+    was = start(); o = make(name, Q := start(), lr=.01); train(Q, o, 0, 1, lambda n, t: torch.zeros(SHAPES[n])); train(Q, o, 1, 5)
+    assert all((Q[n] - was[n]).abs().max() > 1e-3 and not Q[n].isnan().any() for n in Q)
+def definition(name): assert against(name) < (1e-6 if name == "baselines.NAdamW" else 1e-10)
 def half(name):
     P = start(torch.bfloat16); o = make(name, P, lr=.01); train(P, o, 0, 1); o2 = make(name, P, lr=.01); o2.load_state_dict(o.state_dict())
     assert all(v.dtype == torch.float32 for s in o2.state.values() for v in s.values()) and member("optimizers", name).state_bytes(SHAPES) == bits(o)
-def up(name): test_maximising_is_minimising_the_negative.__wrapped__(name) if hasattr(test_maximising_is_minimising_the_negative, "__wrapped__") else test_maximising_is_minimising_the_negative(name)
+def up(name): test_maximising_is_minimising_the_negative(name)
 def refused(name): test_gradients_that_cannot_be_are_refused_before_anything_changes(name, "sparse"); test_gradients_that_cannot_be_are_refused_before_anything_changes(name, "shape")
 def ordered(name): test_order_of_parameters_does_not_matter(name)
 def wrapped(name): test_names_given_by_wrappers_do_not_matter(name)
@@ -391,15 +390,15 @@ MUTANTS = [  # module, its text, the mutant's, the optimizer, the check
     ("apollo", '1 - g["lr"]*g["weight_decay"]', '1 - η*g["weight_decay"]', "apollo.APOLLO", definition), ("apollo", '(1 - β2**t)**0.5/(1 - β1**t)', "1", "apollo.Mini", definition), ("apollo", '(t - 1)//g["gap"]', 't//g["gap"]', "apollo.APOLLO", definition),
     ("apollo", "channels = False", "channels = True", "apollo.Mini", definition), ("apollo", "(1 if self.channels else s)", "1", "apollo.Mini", definition), ("apollo", "a/b, torch.zeros_like(b)).sqrt()", "a/b, torch.zeros_like(b))", "apollo.APOLLO", definition),
     ("lowrank", "p.shape[0] >= p.shape[1]", "p.shape[0] < p.shape[1]", "apollo.APOLLO", definition), ("lowrank", "M/(V.sqrt() + g", "M/(V + g", "galore.GaLore", definition), ("lowrank", "alpha=1 - β1", "alpha=1.0", "apollo.APOLLO", definition), ("lowrank", "value=1 - β2", "value=β2", "galore.GaLore", definition),
-    ("lowrank", "and not is_end(name)", "", "apollo.APOLLO", definition), ("lowrank", "/{name}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "/{refresh}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "r > min(p.shape)", "r > max(p.shape)", "apollo.APOLLO", lambda name: pytest.raises(ValueError, make, name, start(), rank=2)),
-    ("galore", "gram(Z))[1].flip(1)", "gram(Z))[1]", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()), ("galore", "[1].flip(1)[:,:r].contiguous()", "[1][:,:r].contiguous()", "galore.GaLore", definition), ("galore", "return Q*torch.where", "return Q/torch.where", "galore.GaLore", None), ("galore", "< 0, -1., 1.)", "> 0, -1., 1.)", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()),
+    ("lowrank", "and not is_end(name)", "", "apollo.APOLLO", definition), ("lowrank", "/{name}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "/{refresh}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "r > min(p.shape)", "r > max(p.shape)", "apollo.APOLLO", lambda name: test_ranks_that_cannot_be_are_refused(name, 2, "rank=2")),
+    ("galore", "gram(Z))[1].flip(1)", "gram(Z))[1]", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()), ("galore", "[1].flip(1)[:,:r].contiguous()", "[1][:,:r].contiguous()", "galore.GaLore", definition), ("galore", "< 0, -1., 1.)", "> 0, -1., 1.)", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()),
     ("galore", '(t - 1) % g["gap"] == 0', 't == 1', "galore.GaLore", definition), ("galore", 'g["lr"]*g["alpha"]', 'g["lr"]', "galore.GaLore", definition),
     ("lion", "torch.lerp(g, m, β1)", "torch.lerp(g, m, β2)", "lion.Lion", definition), ("lion", ".sign_()", "", "lion.Lion", definition), ("lion", "1 - β2", "β2", "lion.Lion", definition), ("lion", 'η*group["weight_decay"]', '0', "lion.Lion", definition),
     ("sophia", ".clamp_(-1, 1)", "", "sophia.Sophia", definition), ("sophia", 'group["gamma"]*h', 'h', "sophia.Sophia", definition), ("sophia", "1 - β2))", "β2))", "sophia.Sophia", definition), ("sophia", '% self.param_groups[0]["gap"] == 0', '% self.param_groups[0]["gap"] == 1', "sophia.Sophia", definition),
     ("scale", '0 if g["rule"] == "embedding" else 1', "1", "scale.SCALE", definition), ("scale", '1 - g["momentum"]', 'g["momentum"]', "scale.SCALE", definition), ("scale", "rms > 0, G/rms", "rms >= 0, G/rms", "scale.SCALE", late_start), ("scale", "squares/p.shape[axis]", "squares", "scale.SCALE", definition),
     ("adamw", 'weight_decay=g["weight_decay"], eps=g["eps"], maximize', 'weight_decay=0.1, eps=g["eps"], maximize', "adamw.AdamW", definition), ("adamw", 'maximize=g["maximize"])', "maximize=False)", "adamw.AdamW", up), ("adamw", "float(o.tick(p) - 1)", "float(o.tick(p))", "adamw.AdamW", definition), ("adamw", "dtype=working(p)", "dtype=p.dtype", "adamw.AdamW", half),
     ("contract", 'g["weight_decay"]*decayed', 'g["weight_decay"]', "adamw.AdamW", definition), ("contract", 'return -x if g["maximize"] else x', "return x", "lion.Lion", up), ("contract", "torch.float32 if p.dtype in", "p.dtype if p.dtype in", "lion.Lion", half), ("contract", "for each in zip(g[\"param_names\"], g[\"params\"], g[\"shapes\"]): _refuse(*each)", "pass", "lion.Lion", refused),
-    ("contract", r"^module\.|(_orig_mod|", r"^nothing\.|(", "apollo.APOLLO", wrapped), ("contract", "self.state[p] = {k:", "dropped = {k:", "lion.Lion", half), ("contract", "and p.numel()", "", "galore.GaLore", lambda name: test_empty_and_transposed_tensors(name)),
+    ("contract", r"^module\.|(_orig_mod|", r"^nothing\.|(", "apollo.APOLLO", wrapped), ("contract", "self.state[p] = {k:", "dropped = {k:", "lion.Lion", half), ("contract", "and p.numel()", "", "baselines.Adafactor", lambda name: test_empty_and_transposed_tensors(name)),
     ("baselines", "decoupled_weight_decay=True", "decoupled_weight_decay=False", "baselines.NAdamW", definition), ("baselines", 'g["betas"][0], beta2', 'g["betas"][1], beta2', "baselines.NAdamW", definition),
 ]
 FAST = [0, 1, 10, 20, 29, 40, 44]
@@ -430,10 +429,10 @@ def mutated(module, old, new, check, name):
         for k in [k for k in sys.modules if k.startswith("paretolab.optimizers.")]: del sys.modules[k]
         sys.modules.update(kept); vars(package).clear(); vars(package).update(attributes)
 
-@pytest.mark.parametrize("i", [pytest.param(i, marks=[] if i in FAST else pytest.mark.soak) for i,m in enumerate(MUTANTS) if m[4]])
+@pytest.mark.parametrize("i", [pytest.param(i, marks=[] if i in FAST else pytest.mark.soak) for i in range(len(MUTANTS))])
 def test_a_mutant_is_noticed(i):
     module, old, new, name, check = MUTANTS[i]
-    with pytest.raises(Exception) as found: mutated(module, old, new, check, name)
+    with pytest.raises((Exception, pytest.fail.Exception)) as found: mutated(module, old, new, check, name)
     assert not str(found.value).startswith(f"{module} no longer says"), found.value
 
 @pytest.mark.parametrize("name, check", [("apollo.APOLLO", definition), ("lion.Lion", up)])

@@ -52,21 +52,27 @@ def _shapes(s):
     return {"embed.weight": (s.vocab, d), **{f"blocks.{i}.{n}.weight": x for i in range(s.layers) for n,x in block.items()},
         "norm.weight": (d,), **({} if s.tied else {"head.weight": (s.vocab, d)})}
 
-# %% ../../../nbs/frontier/budget.ipynb #0d454f9c
+# %% ../../../nbs/frontier/budget.ipynb #339f9cc9
+def _rehearse(optimizer, shapes):
+    params = {n: torch.nn.Parameter(torch.randn(s)) for n,s in shapes.items()}
+    o = optimizer(params.items())
+    for p in params.values(): p.grad = torch.randn_like(p)
+    o.step()
+    with (live := _Live(*params.values())): o.step()
+    return live.peak
+
+# %% ../../../nbs/frontier/budget.ipynb #6f0d91e5
 @cache
 def workspace(
     optimizer, # class or function of (name, parameter) pairs
     shape, # `Shape` of the model
 )->int: # bytes
     "What a step of the optimizer takes for a moment, beside its state."
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode():
-        params = {n: torch.nn.Parameter(torch.empty(s)) for n,s in _shapes(shape).items()}
-        o = optimizer(params.items())
-        for p in params.values(): p.grad = torch.empty_like(p)
-        o.step()
-        with (live := _Live(*params.values())): o.step()
-    return live.peak
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    try:
+        with FakeTensorMode(): return _rehearse(optimizer, _shapes(shape))
+    except DataDependentOutputException: # it looks at numbers, one parameter after the other: real ones, one of each shape
+        return _rehearse(optimizer, {n: s for s,n in {s: n for n,s in reversed(_shapes(shape).items())}.items()})
 
 # %% ../../../nbs/frontier/budget.ipynb #791cf6e5
 def _check(shape, optimizer, batch, length):

@@ -126,6 +126,7 @@ def train(
     run = Path(s.out)/"training"/f"{s.shape}-{key}"
     steps = _steps(s, text, run)
     fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), _hooks(s, text, model, stream), steps=steps, run=run, every=s.every)
+    if hasattr(optimizer, "eval"): optimizer.eval()                           # some keep the model that is used beside the one that is trained
     log = [json.loads(l) for l in open(run/"log.jsonl")]
     seconds = sum(b["seconds"] - (a["seconds"] if b["seconds"] > a["seconds"] else 0) for a,b in zip([dict(seconds=0), *log], log))
     mixture = text.weights if s.mixer == Settings.mixer else {d: sum(r["weights"][d] for r in log)/len(log) for d in text.weights}

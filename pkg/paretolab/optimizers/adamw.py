@@ -10,18 +10,19 @@ import torch
 from torch.optim.adamw import adamw as fused
 from .contract import Optimizer, local, working
 
-# %% ../../../nbs/optimizers/adamw.ipynb #7ad9d101
+# %% ../../../nbs/optimizers/adamw.ipynb #192350f0
 def adamw(
     o:Optimizer, # whose state holds the moments
     g:dict, # group, with lr, betas, eps, weight_decay, maximize
     p, # a parameter with a gradient
 ):
     "One step of torch's fused AdamW on one parameter."
-    if not o.state[p]: o.begin(p, **{k: torch.zeros_like(p, dtype=working(p)) for k in ("exp_avg", "exp_avg_sq")})
+    if not o.state[p]: o.begin(p, **{k: torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")})
     state, w, t = o.state[p], o.weight(p), torch.tensor(float(o.tick(p) - 1))
     m, v = (o.states.read(state, k) for k in ("exp_avg", "exp_avg_sq"))
-    fused([w.detach()], [local(p.grad).to(w.dtype)], [m], [v], [], [t], fused=True, amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1],
+    fused([θ := w.detach().contiguous()], [local(p.grad).to(w.dtype).contiguous()], [m], [v], [], [t], fused=True, amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1],
         lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"], maximize=g["maximize"])
+    if not w.is_contiguous(): w.copy_(θ)
     o.states.write(state, "exp_avg", m); o.states.write(state, "exp_avg_sq", v); o.put(p, w)
 
 # %% ../../../nbs/optimizers/adamw.ipynb #bf4d4bca

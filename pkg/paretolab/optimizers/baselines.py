@@ -83,7 +83,7 @@ def _library(name):
     try: return import_module(name)
     except ModuleNotFoundError as e: raise ModuleNotFoundError(f"this baseline is computed by the package {name.replace('_', '-')} (got {e}); install paretolab[optimizers]") from None
 
-# %% ../../../nbs/optimizers/baselines.ipynb #f1421ca5
+# %% ../../../nbs/optimizers/baselines.ipynb #d71493cb
 class SOAP(Optimizer):
     "Adam in Shampoo's eigenbasis for the matrices of the blocks, AdamW for the rest."
     def __init__(self,
@@ -117,7 +117,7 @@ class SOAP(Optimizer):
         if state: o.state[w] = dict(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"], precondition_frequency=g["gap"], shampoo_beta=g["betas"][1]) | {k: [state[k + "0"], state[k + "1"]] for k in ("GG", "Q")}
         self.begin(p); o.param_groups[0]["step"] = self.tick(p) - 1
         o.step(); s = o.state[w]
-        state.update(exp_avg=s["exp_avg"], exp_avg_sq=s["exp_avg_sq"], **{f"{k}{i}": x for k in ("GG", "Q") for i,x in enumerate(s[k])}); self.put(p, w)
+        state.update({k: x.contiguous() for k,x in [(k, s[k]) for k in ("exp_avg", "exp_avg_sq")] + [(f"{k}{i}", x) for k in ("GG", "Q") for i,x in enumerate(s[k])]}); self.put(p, w)
 
 # %% ../../../nbs/optimizers/baselines.ipynb #b4e33682
 class ScheduleFree(Optimizer):

@@ -84,7 +84,10 @@ def working(
     "32 bits for a parameter of 16, else its own type."
     return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
 
-# %% ../../../nbs/optimizers/contract.ipynb #a5af00bf
+# %% ../../../nbs/optimizers/contract.ipynb #1a28ca56
+def _bytes(cls, rule, shape, rank): return sum(map(cls.states.nbytes, cls.slots(rule, shape, rank).values())) if math.prod(shape) else 0 # nothing is kept of an empty tensor
+
+# %% ../../../nbs/optimizers/contract.ipynb #975a224c
 class _Ledger:
     "Rules, slots and bytes, of the class: nothing has to be made."
     states = Whole()
@@ -102,7 +105,7 @@ class _Ledger:
         rank:int|None=None, # of the low-rank methods; None: their default
     )->int: # bytes of the state after the first step
         "Bytes of optimizer state, for parameters of 32 or 16 bits."
-        return sum(cls.states.nbytes(s) for n,rule in cls.rules(shapes).items() for s in cls.slots(rule, tuple(shapes[n]), rank).values())
+        return sum(_bytes(cls, rule, tuple(shapes[n]), rank) for n,rule in cls.rules(shapes).items())
 
     @classmethod
     def groups(cls,
@@ -112,8 +115,7 @@ class _Ledger:
         "Print and give the rule that each tensor follows."
         shapes = {n: tuple(p.shape) for n,p in model.named_parameters()}
         for n,rule in (rules := cls.rules(shapes)).items():
-            nbytes = sum(cls.states.nbytes(s) for s in cls.slots(rule, shapes[n], rank).values())
-            print(f"{n:<26} {str(shapes[n]):<12} {rule + ', not decayed'*(len(shapes[n]) != 2):<20} {nbytes:>9,} bytes")
+            print(f"{n:<26} {str(shapes[n]):<12} {rule + ', not decayed'*(len(shapes[n]) != 2):<20} {_bytes(cls, rule, shapes[n], rank):>9,} bytes")
         return rules
 
 # %% ../../../nbs/optimizers/contract.ipynb #dea25a37

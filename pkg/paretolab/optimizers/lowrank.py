@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['gaussian', 'rank_of', 'Layout', 'total', 'LowRank']
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #b2b4d00e
+# %% ../../../nbs/optimizers/lowrank.ipynb #47f76432
 import hashlib, math
 import numpy as np, torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from .contract import Optimizer, is_end, local, working
+from .contract import Optimizer, is_end
 
 # %% ../../../nbs/optimizers/lowrank.ipynb #30c58817
 def gaussian(
