@@ -13,7 +13,9 @@ from paretolab.mixers.dga import DGA
 from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
 from paretolab.mixers.protocol import exp_grad
-from paretolab.mixers.requests import DomainGradients, Evaluate, Probe
+from paretolab.mixers.mixing_laws import MixingLaws, fit_law, law as exponential
+from paretolab.mixers.regmix import RegMix, draw, ridge
+from paretolab.mixers.requests import DomainGradients, Evaluate, Probe, Run
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.static import Static
 from paretolab.models.mobilellm import MobileLLM, Shape
@@ -150,6 +152,49 @@ def test_a_bad_or_missing_signal_is_refused_by_name(m, bad):
 def test_a_bad_start_is_refused(m, domains, prior, says):
     with pytest.raises(ValueError, match=says): Static().init(domains, prior, 0)
     with pytest.raises(ValueError): m.init(domains, prior, 0)
+
+# From a table of runs
+
+OFFLINE = dict(regmix=RegMix(runs=40, candidates=20_000), laws=MixingLaws(runs=40, floor=.01))
+VALUE = dict(zip(NAMES, (.1, .6, .1, .1, .1)))
+
+def told(m, s, names=NAMES, noise=0.):
+    rng = np.random.default_rng(7)
+    return {r: {i: 2 + math.exp(-3*sum(VALUE[j]*w for j,w in zip(s["domains"], r.weights))) + math.exp(-4*r.weights[s["domains"].index(i)]) + noise*rng.normal() for i in names} for r in m.plan(s, 0)}
+
+@pytest.mark.parametrize("m", OFFLINE.values(), ids=OFFLINE)
+def test_an_offline_mixer_finds_the_planted_best_domain_through_json(m):
+    s = m.init(NAMES, PRIOR, 3); t = told(m, s, noise=.005); new = m.observe(json.loads(json.dumps(s)), t)
+    p = np.array(list(m.weights(new).values())); assert abs(p.sum() - 1) < 1e-9 and p.min() >= getattr(m, "floor", 0.)*(1 - 1e-9)
+    assert NAMES[(p/np.array(list(PRIOR.values()))).argmax()] == "law" and m.observe(s, t) == new and m.plan(json.loads(json.dumps(new)), 5) == []
+    only = type(m)(**{**{f: getattr(m, f) for f in m.__dataclass_fields__}, "targets": ("web",)})
+    assert only.weights(only.observe(s, told(only, s)))["web"] > m.weights(new)["web"]
+
+@pytest.mark.parametrize("m", OFFLINE.values(), ids=OFFLINE)
+@pytest.mark.parametrize("bad", [float("nan"), "missing", "run"])
+def test_a_bad_or_missing_run_is_refused(m, bad):
+    s = m.init(NAMES, PRIOR, 3); t = told(m, s); r = list(t)[17]
+    if bad == "run": del t[r]
+    elif bad == "missing": del t[r]["math"]
+    else: t[r]["math"] = bad
+    with pytest.raises(ValueError, match="was not answered" if bad == "run" else "(lacks|has to be a number for) 'math'"): m.observe(s, t)
+
+@pytest.mark.parametrize("D", [2, 5, 17])
+def test_mixtures_of_runs_permute_with_the_domains_in_law(D):
+    P = draw(np.full(D, 1/D), 600, 0)
+    assert np.abs(P.mean(0) - 1/D).max() < 5*P.std(0).max()/600**.5                         # no domain is favoured: 5 standard errors
+    order = np.random.default_rng(0).permutation(D); y = np.exp(-P @ np.linspace(0, 2, D)) + 1
+    assert np.abs(ridge(P, y)(P) - ridge(P[:,order], y)(P[:,order])).max() < 1e-8
+    (c, A), (c2, A2) = fit_law(P, y), fit_law(P[:,order], y)
+    assert abs(c - c2) < 1e-6 and np.abs(A[order] - A2).max() < 1e-5 and np.abs(exponential(P, c, A) - y).max() < 1e-6
+
+def test_boosting_is_another_fit():
+    boosting = pytest.importorskip("sklearn.ensemble", reason="scikit-learn is not installed").HistGradientBoostingRegressor
+    m = RegMix(runs=200, fit=lambda P, y: boosting(max_iter=100, min_samples_leaf=5).fit(P, y).predict, candidates=5000, best=32); s = m.init(NAMES, PRIOR, 0)
+    assert NAMES[(np.array(m.observe(s, told(m, s))["p"])/np.array(list(PRIOR.values()))).argmax()] == "law"
+
+def test_a_run_cannot_make_runs(tmp_path):
+    with pytest.raises(ValueError, match="RegMix asked for Run.*engine.sweep"): trained(tmp_path, RegMix(), 3)
 
 # One update
 

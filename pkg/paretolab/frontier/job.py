@@ -86,14 +86,17 @@ class _Part:
 # %% ../../../nbs/frontier/job.ipynb #aa0c2be0
 def _aside(t, s): return max(s.length + 1, len(t)//50) # tokens that a mixer looks at
 
-# %% ../../../nbs/frontier/job.ipynb #8ea84fc1
+# %% ../../../nbs/frontier/job.ipynb #aaa1f7fe
+def _looks(s, text):
+    "Windows of the text that a mixer looks at."
+    from paretolab.engine.evaluate import windows
+    return windows({d: _Part(t, len(t) - _aside(t, s), _aside(t, s)) for d,t in text.tokens.items()}, s.length, 4)
+
+# %% ../../../nbs/frontier/job.ipynb #b72e188f
 def _hooks(s, text, model, stream):
     "The mixer, unless the weights stay as they are."
-    from paretolab.engine.evaluate import windows
     from paretolab.engine.steer import Steer
-    if s.mixer == Settings.mixer: return ()
-    aside = {d: _Part(t, len(t) - _aside(t, s), _aside(t, s)) for d,t in text.tokens.items()}
-    return Steer(member("mixers", s.mixer)(), model, stream, windows(aside, s.length, 4), s.seed),
+    return () if s.mixer == Settings.mixer else (Steer(member("mixers", s.mixer)(), model, stream, _looks(s, text), s.seed),)
 
 # %% ../../../nbs/frontier/job.ipynb #d637606f
 def _steps(s, text, run):
