@@ -62,37 +62,42 @@ static void gate(float* g, const float* u, int64_t n) {
     for (int64_t j = 0; j < n; j += 8) { D8 v = load(g + j); store(g + j, v / (1. + exponential(-v)) * load(u + j)); }
 }
 
-static double dot(const double* q, const float* k, int64_t n) {
-    D8 s = {};
+static inline D8 wide(const double* x) { D8 v; memcpy(&v, x, 64); return v; }
+
+static double dot(const double* a, const double* b, int64_t n) {
+    D8 s = {}, t = {};
     int64_t j = 0;
-    for (; j + 8 <= n; j += 8) { D8 v; memcpy(&v, q + j, 64); s += v * load(k + j); }
-    double total = sum(s);
-    for (; j < n; j++) total += q[j] * k[j];
+    for (; j + 16 <= n; j += 16) { s += wide(a + j) * wide(b + j); t += wide(a + j + 8) * wide(b + j + 8); }
+    double total = sum(s + t);
+    for (; j < n; j++) total += a[j] * b[j];
     return total;
 }
 
-static void attend(const float* query, const float* k, const float* v, int64_t S, int64_t n, double* p, double* q, float* y) {
+static void attend(const float* query, const float* k, const float* v, int64_t S, int64_t n, int64_t group, double* scratch, float* y) {
+    const int64_t room = (S + 7) / 8 * 8;
     const double scale = 1 / std::sqrt(double(n));
-    for (int64_t j = 0; j < n; j++) q[j] = query[j] * scale;
-    double most = -INFINITY, total = 0;
-    for (int64_t s = 0; s < S; s++) { p[s] = dot(q, k + s * n, n); most = std::max(most, p[s]); }
-    for (int64_t s = 0; s < S; s++) p[s] -= most;
-    exponentials(p, p, (S + 7) / 8 * 8);
-    for (int64_t s = 0; s < S; s++) total += p[s];
-    int64_t j = 0;
-    for (; j + 32 <= n; j += 32) {
-        D8 a = {}, b = {}, c = {}, d = {};
-        for (int64_t s = 0; s < S; s++) {
-            const float* w = v + s * n + j;
-            a += p[s] * load(w); b += p[s] * load(w + 8); c += p[s] * load(w + 16); d += p[s] * load(w + 24);
+    double *p = scratch, *q = p + group * room, *sums = q + group * n, *__restrict row = sums + group * n;
+    for (int64_t j = 0; j < group * n; j++) { q[j] = query[j]; sums[j] = 0; }
+    for (int64_t s = 0; s < S; s++) {
+        for (int64_t j = 0; j < n; j++) row[j] = k[s * n + j];
+        for (int64_t h = 0; h < group; h++) p[h * room + s] = dot(q + h * n, row, n) * scale;
+    }
+    for (int64_t h = 0; h < group; h++) {
+        double *of = p + h * room, most = *std::max_element(of, of + S), total = 0;
+        for (int64_t s = 0; s < S; s++) of[s] -= most;
+        exponentials(of, of, room);
+        for (int64_t s = 0; s < S; s++) total += of[s];
+        for (int64_t s = 0; s < S; s++) of[s] /= total;
+    }
+    for (int64_t s = 0; s < S; s++) {
+        for (int64_t j = 0; j < n; j++) row[j] = v[s * n + j];
+        for (int64_t h = 0; h < group; h++) {
+            const double weight = p[h * room + s];
+            double* __restrict to = sums + h * n;
+            for (int64_t j = 0; j < n; j++) to[j] += weight * row[j];
         }
-        store(y + j, a / total); store(y + j + 8, b / total); store(y + j + 16, c / total); store(y + j + 24, d / total);
     }
-    for (; j < n; j++) {
-        double a = 0;
-        for (int64_t s = 0; s < S; s++) a += p[s] * v[s * n + j];
-        y[j] = float(a / total);
-    }
+    for (int64_t j = 0; j < group * n; j++) y[j] = float(sums[j]);
 }
 
 extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, int64_t past, float* K, float* V, int64_t room, int64_t first, float* logits, int threads, int path) {
@@ -100,7 +105,7 @@ extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, in
     for (int64_t t = 0; t < T; t++) if (ids[t] < 0 || ids[t] >= m.vocab) return t;
     const int64_t n = m.head_dim, d = m.dim, kv = m.kv_heads * n, group = m.heads / m.kv_heads;
     std::vector<float> x(T * d), u(T * d), y(T * d), a(T * std::max(d, m.ff) + 8), b(T * std::max(kv, m.ff) + 8);
-    std::vector<double> p(past + T + 8), query(n);
+    std::vector<double> scratch(group * (past + T + 8 + 2 * n) + n);
     auto times = [&](const Packed* w, const std::vector<float>& in, float* out, int64_t M) { m.product(w, in.data(), out, M, threads, path); };
     auto norm = [&](const std::vector<float>& in, const float* w, std::vector<float>& out) { for (int64_t t = 0; t < T; t++) normalize(in.data() + t * d, w, m.eps, d, out.data() + t * d); };
     auto add = [&] { for (int64_t j = 0; j < T * d; j++) x[j] += y[j]; };
@@ -120,9 +125,9 @@ extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, in
                 memcpy(K + to, b.data() + t * kv + h * n, n * sizeof(float)); memcpy(V + to, y.data() + t * kv + h * n, n * sizeof(float));
             }
         }
-        for (int64_t t = 0; t < T; t++) for (int64_t h = 0; h < m.heads; h++) {
-            const int64_t from = (c * m.kv_heads + h / group) * room * n;
-            attend(a.data() + t * d + h * n, K + from, V + from, past + t + 1, n, p.data(), query.data(), u.data() + t * d + h * n);
+        for (int64_t t = 0; t < T; t++) for (int64_t h = 0; h < m.kv_heads; h++) {
+            const int64_t from = (c * m.kv_heads + h) * room * n, to = t * d + h * group * n;
+            attend(a.data() + to, K + from, V + from, past + t + 1, n, group, scratch.data(), u.data() + to);
         }
         times(block.o, u, y.data(), T);
         add();
