@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from . import native
 from ..quantizers.lowbit import LowBit
 
-# %% ../../../nbs/kernels/rows16.ipynb #01403c00
+# %% ../../../nbs/kernels/rows16.ipynb #8608e026
 PIECES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)} # width in bits -> widths of its pieces, low bits first
 ROWS, COLUMNS = 16, 32 # of a block
 
@@ -23,7 +23,8 @@ def place(
     width:int, # bits of a code
 )->Tensor: # uint8, (T, B*64*width)
     "Arrange codes as tiles of blocks of lines."
-    c = codes.view(-1, ROWS, codes.shape[1]//COLUMNS, COLUMNS).transpose(1, 2)                # (T, B, 16, 32)
+    T, B = len(codes)//ROWS, codes.shape[1]//COLUMNS
+    c = codes.view(T, ROWS, B, COLUMNS).transpose(1, 2)                                       # (T, B, 16, 32)
     lines, low = [], 0
     for w in PIECES[width]:
         piece = ((c >> low) & (2**w - 1)).unflatten(-1, (w, 8//w, 4))                         # (T, B, 16, lines, planes, 4)
@@ -37,14 +38,15 @@ def codes_of(
     width:int, # bits of a code
 )->Tensor: # uint8, (T*16, B*32)
     "Undo `place`."
-    lines = data.view(len(data), -1, width, ROWS, 4)                                          # (T, B, lines, 16, 4)
+    T, B = len(data), data.shape[1]//(64*width)
+    lines = data.view(T, B, width, ROWS, 4)                                                   # (T, B, lines, 16, 4)
     c, low, first = 0, 0, 0
     for w in PIECES[width]:
         line = lines[:, :, first:first+w]
         planes = torch.stack([(line >> w*t) & (2**w - 1) for t in range(8//w)], -2)           # (T, B, lines, 16, planes, 4)
         c = c | planes.movedim(3, 2).flatten(3) << low                                        # (T, B, 16, 32)
         low, first = low + w, first + w
-    return c.transpose(1, 2).reshape(-1, data.shape[1]//(2*width))
+    return c.transpose(1, 2).reshape(T*ROWS, B*COLUMNS)
 
 # %% ../../../nbs/kernels/rows16.ipynb #f150f0d2
 @dataclass(frozen=True)

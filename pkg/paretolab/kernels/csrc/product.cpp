@@ -138,7 +138,6 @@ template <int w> static inline void clear(Sums<w>& s) { if constexpr (w) for (au
 
 template <int w, bool table> static inline void block(const uint8_t*& d, const int8_t* a, __m512i T, Sums<w>& s) {
     if constexpr (w) for (int l = 0; l < w; l++, d += 64) {
-        _mm_prefetch((const char*)d + 2048, _MM_HINT_T0);
         __m512i v = _mm512_loadu_si512(d);
         for (int t = 0; t < 8 / w; t++, a += 4) {
             int32_t four; memcpy(&four, a, 4);
@@ -240,7 +239,6 @@ template <int w> static inline void clear2(Sums2<w>& s) { if constexpr (w) for (
 
 template <int w> static inline void block2(const uint8_t*& d, const int8_t* a, Sums2<w>& s) {
     if constexpr (w) for (int l = 0; l < w; l++, d += 64, a += 32 / w) {
-        _mm_prefetch((const char*)d + 2048, _MM_HINT_T0);
         for (int h = 0; h < 2; h++) {
             __m256i v = _mm256_loadu_si256((const __m256i*)d + h), v4 = _mm256_srli_epi16(v, 4);
             auto add = [&](int n, __m256i c, int t) __attribute__((always_inline, target("avx2,fma,f16c"))) {

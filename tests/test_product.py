@@ -1,0 +1,299 @@
+"""Low-bit products: exact integers on every path, widths, grids, groups and shapes; the float bound; threads, forks, torch.compile."""
+import ctypes, shutil, subprocess, sys, threading, warnings
+from pathlib import Path
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from paretolab.kernels import activations, native, product, rows16
+from paretolab.quantizers.lowbit import LowBit
+
+compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+PATHS = range(native.load("product.cpp").best_path() + 1) if shutil.which("g++") else []
+E2M1 = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6])
+GRIDS = {"sign": (1, torch.tensor([-1., 1])), "0/1": (1, torch.tensor([0., 1])), "ternary": (1.58, torch.tensor([-1., 0, 1])), "uneven ternary": (1.58, torch.tensor([-1., 0, 2])),
+    "stretched": (2, torch.tensor([-1.5, -.5, .5, 1.5])), "2": (2, torch.arange(-2, 2.)), "three of 2": (2, torch.arange(-1, 2.)), "offset": (2, torch.tensor([.1, 1.3, 2.5, 3.7])),
+    "3": (3, torch.arange(-4, 4.)), "3 half": (3, torch.arange(-3.5, 4)), "4": (4, torch.arange(-8, 8.)), "falling": (4, -.25*torch.arange(-8, 8.)), "FP4": (4, torch.cat([E2M1, -E2M1])),
+    "6": (6, torch.arange(-31, 32.)), "8": (8, torch.arange(-128, 128.)), "8 half": (8, torch.arange(-127.5, 128)), "8 squares": (8, torch.cat([torch.arange(0, 100.), torch.arange(100, 256, 2.)]))}
+
+def tensor(grid, m, k, group=0, seed=0, scales=torch.float16, zeros=None, perm=False):
+    g = torch.Generator().manual_seed(seed)
+    bits, Q = GRIDS[grid]
+    n = k//(group or max(k, 1))
+    s = (torch.rand(m, n, generator=g) + .5).to(scales)
+    z = torch.randn(m, n, generator=g).to(zeros) if zeros else None
+    return LowBit.pack(torch.randint(len(Q), (m, k), generator=g), s, Q, bits, group, z, torch.randperm(k, generator=g).int() if perm else None)
+
+def extreme(M, k, seed=0):
+    "Activations that are their own integers: whole numbers up to 127, one of them 127 in each row."
+    x = torch.randint(-127, 128, (M, k), generator=torch.Generator().manual_seed(seed)).float()
+    x[:, :1] = 127
+    return x
+
+def bound(x, q):
+    "What roundings can do, as derived on the page: (2 groups + 8) of them, each on at most the sum of magnitudes; and a grid's own error."
+    a, s = activations.quantize(x)
+    a = a.double().abs() if q.perm is None else a.double().abs()[:, q.perm.long()]
+    L, G = rows16.levels(q.grid[0]), q.scales.shape[1]
+    value = (torch.tensor(L.level, dtype=torch.float64)*2**L.shift + L.offset).abs()*abs(L.step) + abs(L.rest)
+    a, v = a.view(len(a), G, q.group if G else 0), value[q.codes().int()].view(q.shape[0], G, q.group if G else 0)*q.scales.double()[..., None]
+    if q.zeros is not None: v = v + q.zeros.double().abs()[..., None]
+    size = s.double() * torch.einsum("Mgk,mgk->Mm", a, v)
+    return ((2*G + 8)*2**-24 + 2**-21)*size if L.rest or q.zeros is not None else (2*G + 8)*2**-24*size
+
+# ---- the packing
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("m, k, group", [(1, 32, 0), (37, 96, 32), (16, 60, 20), (5, 7, 0), (33, 0, 0), (0, 64, 64), (17, 192, 96)])
+def test_packing_keeps_every_value(grid, m, k, group):
+    for zeros, perm in [(None, False), (torch.float16, True)]:
+        q = tensor(grid, m, k, group, zeros=zeros, perm=perm)
+        p = product.pack(q)
+        ids = torch.arange(m).flip(0)
+        loose = dict(atol=3e-6, rtol=0) if rows16.levels(q.grid[0]).rest or zeros and p.step % .5 else dict(atol=0, rtol=0)
+        torch.testing.assert_close(product.rows(p, ids), q.dequantize()[ids], **loose)
+        torch.testing.assert_close(rows16._rows(p, ids), q.dequantize()[ids], **loose)
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn])
+def test_scales_are_exact_in_the_packing(scales):
+    q = tensor("3", 20, 64, 32, scales=scales)
+    assert torch.equal(product.rows(product.pack(q), torch.arange(20)), q.dequantize())
+    s = torch.arange(0, 0x7c00, dtype=torch.int16).view(torch.float16)                    # every finite half of positive sign
+    q = LowBit.pack(torch.ones(len(s), 1, dtype=torch.int), s[:, None], torch.arange(2.), 1)
+    assert torch.equal(product.rows(product.pack(q), torch.arange(len(s)))[:, 0], s.float())
+    x = torch.full((1, 1), 127.)
+    assert torch.equal(product._run(x, product.pack(q), path=0)[0], 127*s.float())
+
+@given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 20, 32, 64, 96]), st.sampled_from(list(rows16.PIECES)), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_c_places_codes_as_defined(m, groups, group, width, seed):
+    c = torch.randint(2**width, (m, groups*group), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    padded = torch.nn.functional.pad(torch.nn.functional.pad(c.view(m, groups, group), (0, -group % 32)).flatten(1), (0, 0, 0, -m % 16))
+    data = rows16._place(c, width, group)
+    assert torch.equal(data, rows16.place(padded, width)) and torch.equal(rows16.codes_of(data, width), padded)
+
+@pytest.mark.parametrize("change, sentence", [(dict(grid={2: torch.tensor([0, 1, 2.7182818, 4])}), "multiples of one step"), (dict(grid={2: torch.tensor([0., 1, 2, 200])}), "at most 127 steps")])
+def test_grids_without_integers_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence): product.pack(LowBit.pack(torch.zeros(1, 4, dtype=torch.int), torch.ones(1, 1).half(), bits=2, **change))
+
+def test_what_pack_refuses():
+    with pytest.raises(ValueError, match=r"one width .got widths \[2, 4\]"):
+        product.pack(LowBit.pack(torch.zeros(1, 4, dtype=torch.int), torch.ones(1, 2).half(), {2: torch.arange(4.), 4: torch.arange(16.)}, (2, 4), 2))
+    with pytest.raises(ValueError, match="65536 columns .*got 65537"): product.pack(tensor("8", 1, 65537))
+
+# ---- products
+
+@compiler
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+def test_integers_are_exact_on_every_path(grid, group):
+    "With scales of one and activations of whole numbers the result is an integer below 2^24, or its rounding."
+    bits, Q = GRIDS[grid]
+    L = rows16.levels(Q)
+    m, k = 35, 384
+    codes = torch.randint(len(Q), (m, k), generator=torch.Generator().manual_seed(1))
+    codes[0], codes[1] = len(Q) - 1, 0                                                    # the extremes
+    q = LowBit.pack(codes, torch.ones(m, k//(group or k)).half(), Q, bits, group)
+    for M in (1, 3, 4, 17):
+        x = extreme(M, k)
+        x[-1] = 127                                                                       # with all codes at the top: the largest sum
+        i = x.long() @ (2**L.shift*torch.tensor(L.level)[codes] + L.offset).t()
+        if L.rest: continue
+        want = (i.double()*L.step).float()
+        for path in PATHS: assert torch.equal(product._run(x, product.pack(q), path), want), path
+
+@compiler
+@pytest.mark.parametrize("grid, k", [("8", 65536), ("8 half", 65536), ("FP4", 40000), ("4", 65536), ("stretched", 65536), ("sign", 65536)])
+def test_the_largest_sums_do_not_overflow(grid, k):
+    bits, Q = GRIDS[grid]
+    L, p = rows16.levels(Q), product.pack(LowBit.pack(torch.tensor([[len(Q) - 1]]).expand(1, k), torch.ones(1, 1).half(), Q, bits))
+    for sign in (1, -1):
+        x = torch.full((5, k), 127.)*sign
+        i = k*127*sign*(2**L.shift*L.level[-1] + L.offset)
+        for path in PATHS:
+            for M in (1, 5): assert torch.equal(product._run(x[:M], p, path), torch.full((M, 1), i*L.step)), (path, M)
+
+@st.composite
+def problems(draw):
+    g = draw(st.sampled_from([32, 64, 128, 1, 5, 48, 33]))
+    groups = draw(st.integers(0, 4))
+    shape = draw(st.integers(0, 50)), g*groups
+    parts = dict(scales=draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float8_e4m3fn])), zeros=draw(st.sampled_from([None, torch.float16, torch.float32])), perm=draw(st.booleans()))
+    seed = draw(st.integers(0, 999))
+    q = tensor(draw(st.sampled_from(list(GRIDS))), *shape, g if groups else 0, seed, **parts)
+    x = torch.randn(draw(st.sampled_from([0, 1, 2, 3, 4, 5, 12, 13, 16, 29])), shape[1] + 3, generator=torch.Generator().manual_seed(seed))
+    return q, draw(st.sampled_from([lambda x: x[:, :-3], lambda x: x[:, 3:].contiguous(), lambda x: x[:, 1:-2].t().contiguous().t(), lambda x: x[:, :-3]*1e30, lambda x: x[:, :-3]*1e-20]))(x)
+
+@compiler
+@given(problems())
+@settings(max_examples=250, deadline=None)
+def test_every_path_is_within_the_bound_and_all_are_equal(problem):
+    q, x = problem
+    p, want = product.pack(q), product.naive(x, q)
+    first = product._run(x, p, 0, 1)
+    assert first.shape == want.shape
+    assert ((first.double() - want.double()).abs() <= bound(x, q)).all()
+    assert ((product._plain(x, p).double() - want.double()).abs() <= bound(x, q)).all()
+    for path in PATHS[1:]: assert torch.equal(product._run(x, p, path, 1), first), path
+
+@compiler
+def test_misaligned_activations():
+    q = tensor("4", 33, 96, 32)
+    flat = torch.randn(1 + 5*96)
+    x = flat[1:].view(5, 96)
+    assert x.data_ptr() % 8 and torch.equal(product.fast(x, product.pack(q)), product.fast(x.clone(), product.pack(q)))
+
+@compiler
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_that_are_not_finite_say_so_and_spoil_no_other(path):
+    p, x = product.pack(tensor("3", 20, 64, 32)), torch.randn(6, 64)
+    clean = product._run(x, p, path)
+    for row, bad in enumerate([torch.nan, torch.inf, -torch.inf, 0]): x[row, 7] = bad
+    x[3] = 0
+    y = product._run(x, p, path)
+    assert y[:3].isnan().all() and not y[3].any() and torch.equal(y[4:], clean[4:])
+
+@compiler
+@given(st.integers(1, 9), st.integers(0, 300), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_activations_are_rounded_as_defined(M, k, seed):
+    "Seen through products with the identity."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(M, k, generator=g) * 10.**torch.randint(-35, 36, (M, 1), generator=g)
+    x[torch.rand(M, k, generator=g) < .2] *= 1e-3
+    a, s = activations.quantize(x)
+    if not k: return
+    p = product.pack(LowBit.pack(torch.eye(k).int(), torch.ones(k, 1).half(), torch.arange(2.), 1))
+    for path in PATHS: assert torch.equal(product._run(x, p, path), s*a)
+
+@pytest.mark.parametrize("form", ["naive", "fast"])
+@pytest.mark.parametrize("x, error, sentence", [(torch.ones(2, 64).double(), TypeError, "float32 .got torch.float64"), (torch.ones(2, 63), ValueError, "64 columns .got activations of shape .2, 63"),
+    (torch.ones(()), ValueError, "64 columns"), (torch.ones(2, 64, device="meta"), ValueError, "on meta")])
+def test_activations_that_do_not_fit_are_refused(form, x, error, sentence):
+    q = tensor("2", 8, 64)
+    with pytest.raises(error, match=sentence): product.naive(x, q) if form == "naive" else product.fast(x, product.pack(q))
+
+@pytest.mark.parametrize("ids", [torch.tensor([0, 8]), torch.tensor([-1])])
+def test_rows_that_do_not_exist_are_refused(ids):
+    with pytest.raises(IndexError, match="from 0 to 7"): product.rows(product.pack(tensor("2", 8, 64)), ids)
+
+def test_nothing_is_written_beyond_the_result():
+    for m, M in [(1, 1), (17, 5), (33, 13)]:
+        p, x = product.pack(tensor("4", m, 64, 32)), torch.randn(M, 64)
+        for path in PATHS:
+            out = torch.full((64 + M*m + 64,), 7.)
+            native.load("product.cpp").product(ctypes.byref(rows16.struct(p)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out[64:].data_ptr()), ctypes.c_int64(M), 1, path)
+            assert (out[:64] == 7).all() and (out[-64:] == 7).all() and torch.equal(out[64:-64].view(M, m), product._run(x, p, path))
+
+# ---- threads, forks, torch
+
+BIG = dict(m=2000, k=640, group=128)
+
+@compiler
+@pytest.mark.parametrize("M", [1, 3, 30])
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_any_number_of_threads_gives_the_same(M, path):
+    p, x = product.pack(tensor("4", **BIG)), torch.randn(M, 640)
+    one = product._run(x, p, path, 1)
+    for threads in (2, 3, 8, 2): assert torch.equal(product._run(x, p, path, threads), one)
+
+@compiler
+def test_many_callers_at_once():
+    p, xs, bad = product.pack(tensor("stretched", **BIG)), [torch.randn(M, 640) for M in (1, 2, 13)], []
+    want = [product._run(x, p, None, 1) for x in xs]
+    def call():
+        for _ in range(60):
+            for x, y in zip(xs, want):
+                if not torch.equal(product._run(x, p, None, 3), y): bad.append(len(x))
+    crew = [threading.Thread(target=call) for _ in range(6)]
+    for t in crew: t.start()
+    for t in crew: t.join()
+    assert not bad
+
+@compiler
+def test_a_fork_of_a_process_with_threads_works():
+    run = """if True:
+    import os, torch
+    from paretolab.kernels import product
+    from paretolab.quantizers import absmax
+    torch.manual_seed(0)
+    p, x = product.pack(absmax.quantize(torch.randn(2000, 640), 4)), torch.randn(4, 640)
+    y = product._run(x, p, None, 3)
+    child = os.fork()
+    if not child: os._exit(0 if torch.equal(product._run(x, p, None, 3), y) else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"""
+    assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=60).stdout == "0\n"
+
+def test_gradient_is_that_of_the_dequantized_matrix():
+    q = tensor("3", 20, 64, 32, zeros=torch.float16, perm=True)
+    x, dy = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 20)
+    y = product.fast(x, product.pack(q))
+    y.backward(dy)
+    assert torch.equal(y.detach(), product.fast(x.detach(), product.pack(q)))
+    torch.testing.assert_close(x.grad, dy @ q.dequantize())
+
+@pytest.mark.parametrize("grid", ["FP4", "stretched"])
+def test_the_operator_keeps_its_promises_to_torch(grid):
+    p = product.pack(tensor(grid, 20, 64, 32, zeros=torch.float16, perm=True))
+    args = torch.randn(3, 64), p.data, p.scales, p.zeros, p.perm, p.table, p.grid, [*p.shape, p.width, p.group, p.shift, p.offset], p.step
+    torch.library.opcheck(product._product, args)
+
+@compiler
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    p = product.pack(tensor("ternary", 48, 64))
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def f(x): return product.fast(x*2, p).relu()
+    for M in (1, 4, 7):
+        x = torch.randn(M, 64, requires_grad=True)
+        y = f(x)
+        assert torch.equal(y.detach(), product.fast(x.detach()*2, p).relu())
+        y.sum().backward()
+        assert x.grad.isfinite().all()
+
+# ---- without a compiler, and under the sanitizer
+
+def test_without_a_compiler_the_definition_runs(tmp_path, monkeypatch):
+    q, x, ids = tensor("FP4", 20, 96, 32, zeros=torch.float16), torch.randn(3, 96), torch.tensor([19, 0])
+    p, y, e = product.pack(q), product.naive(x, q), q.dequantize()[ids]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            slow = product.pack(q)
+            assert torch.equal(slow.data, p.data) and torch.equal(product.rows(slow, ids), e)
+            assert ((product.fast(x, slow).double() - y.double()).abs() <= bound(x, q)).all()
+    native.load.cache_clear()
+    assert sorted(w.message.args[0].split("so ")[1].split()[0] for w in said) in (["product.cpp", "rows16.cpp"], ["product.cpp", "rows16.cpp", "unpack.cpp"])
+
+@compiler
+@pytest.mark.soak
+def test_under_the_address_sanitizer(tmp_path, record_property):
+    "Every path, width and odd shape in a process whose reads and writes are all checked, buffers of exactly their size."
+    libasan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(libasan).is_absolute(): pytest.skip("no address sanitizer")
+    wrapper = tmp_path/"g++"
+    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined -g "$@"\n')
+    wrapper.chmod(0o755)
+    run = f"""if True:
+    import sys, torch
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import test_product as t
+    from paretolab.kernels import native, product
+    n = 0
+    for grid in t.GRIDS:
+        for m, k, group in [(1, 32, 0), (37, 96, 32), (16, 60, 20), (5, 7, 0), (33, 0, 0), (0, 64, 64), (50, 640, 128)]:
+            for zeros, perm in [(None, False), (torch.float32, True)]:
+                p = product.pack(t.tensor(grid, m, k, group, zeros=zeros, perm=perm))
+                product.rows(p, torch.arange(m))
+                for M in (0, 1, 3, 4, 5, 13, 29):
+                    ys = [product._run(torch.randn(M, k, generator=torch.Generator().manual_seed(M)), p, path, threads) for path in range(native.load('product.cpp').best_path() + 1) for threads in (1, 3)]
+                    assert all(torch.equal(y, ys[0]) for y in ys)
+                    n += len(ys)
+    print(n)"""
+    import os
+    env = os.environ | dict(CXX=str(wrapper), PARETOLAB_CACHE=str(tmp_path/"cache"), LD_PRELOAD=libasan, ASAN_OPTIONS="detect_leaks=0:abort_on_error=0")
+    done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True)
+    assert not done.returncode and "ERROR: AddressSanitizer" not in done.stderr, done.stderr[-3000:]
+    record_property("products", int(done.stdout))
+    assert int(done.stdout) > 5000
