@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from paretolab.kernels import native, product, rows16
+from paretolab.kernels import native, product
 from paretolab.quantizers.lowbit import LowBit
 
 warnings.simplefilter("ignore")
@@ -31,7 +31,7 @@ def ours(bits, group, m, k, M, path, cold):
     assert torch.allclose(product._run(x[:1], p, path), product.naive(x[:1], q), atol=2e-3*k**.5)
     n = max(1, -(-cold//p.nbytes))
     copies = [dataclasses.replace(p, data=p.data.clone(), scales=p.scales.clone()) for _ in range(n)]
-    structs = [ctypes.byref(rows16.struct(c)) for c in copies]
+    structs = [ctypes.byref(c.struct) for c in copies]
     lib, args = native.load("product.cpp"), (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(M), 1, path)
     def run(keep=(copies, x, y)):
         for s in structs: lib.product(s, *args)
