@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from paretolab.kernels import activations, native, product, rows16
+from paretolab.kernels.rows16 import levels
 from paretolab.quantizers.lowbit import LowBit
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -33,7 +34,7 @@ def bound(x, q):
     "What roundings can do, as derived on the page: (2 groups + 8) of them, each on at most the sum of magnitudes; and a grid's own error."
     a, s = activations.quantize(x)
     a = a.double().abs() if q.perm is None else a.double().abs()[:, q.perm.long()]
-    L, G = rows16.levels(q.grid[0]), q.scales.shape[1]
+    L, G = levels(q.grid[0]), q.scales.shape[1]
     value = (torch.tensor(L.level, dtype=torch.float64)*2**L.shift + L.offset).abs()*abs(L.step) + abs(L.rest)
     a, v = a.view(len(a), G, q.group if G else 0), value[q.codes().int()].view(q.shape[0], G, q.group if G else 0)*q.scales.double()[..., None]
     if q.zeros is not None: v = v + q.zeros.double().abs()[..., None]
@@ -49,7 +50,7 @@ def test_packing_keeps_every_value(grid, m, k, group):
         q = tensor(grid, m, k, group, zeros=zeros, perm=perm)
         p = product.pack(q)
         ids = torch.arange(m).flip(0)
-        loose = dict(atol=3e-6, rtol=0) if rows16.levels(q.grid[0]).rest or zeros and p.step % .5 else dict(atol=0, rtol=0)
+        loose = dict(atol=3e-6, rtol=0) if levels(q.grid[0]).rest or zeros and p.step % .5 else dict(atol=0, rtol=0)
         torch.testing.assert_close(product.rows(p, ids), q.dequantize()[ids], **loose)
         torch.testing.assert_close(rows16._rows(p, ids), q.dequantize()[ids], **loose)
 
@@ -63,13 +64,13 @@ def test_scales_are_exact_in_the_packing(scales):
     x = torch.full((1, 1), 127.)
     assert torch.equal(product._run(x, product.pack(q), path=0)[0], 127*s.float())
 
-@given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 20, 32, 64, 96]), st.sampled_from(list(rows16.PIECES)), st.integers(0, 999))
+@given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 20, 32, 64, 96]), st.sampled_from(list(rows16._PIECES)), st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
 def test_c_places_codes_as_defined(m, groups, group, width, seed):
     c = torch.randint(2**width, (m, groups*group), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(torch.nn.functional.pad(c.view(m, groups, group), (0, -group % 32)).flatten(1), (0, 0, 0, -m % 16))
     data = rows16._place(c, width, group)
-    assert torch.equal(data, rows16.place(padded, width)) and torch.equal(rows16.codes_of(data, width), padded)
+    assert torch.equal(data, rows16.place(padded, width)) and torch.equal(rows16._codes_of(data, width), padded)
 
 @pytest.mark.parametrize("change, sentence", [(dict(grid={2: torch.tensor([0, 1, 2.7182818, 4])}), "multiples of one step"), (dict(grid={2: torch.tensor([0., 1, 2, 200])}), "at most 127 steps")])
 def test_grids_without_integers_are_refused(change, sentence):
@@ -88,7 +89,7 @@ def test_what_pack_refuses():
 def test_integers_are_exact_on_every_path(grid, group):
     "With scales of one and activations of whole numbers the result is an integer below 2^24, or its rounding."
     bits, Q = GRIDS[grid]
-    L = rows16.levels(Q)
+    L = levels(Q)
     m, k = 35, 384
     codes = torch.randint(len(Q), (m, k), generator=torch.Generator().manual_seed(1))
     codes[0], codes[1] = len(Q) - 1, 0                                                    # the extremes
@@ -105,7 +106,7 @@ def test_integers_are_exact_on_every_path(grid, group):
 @pytest.mark.parametrize("grid, k", [("8", 65536), ("8 half", 65536), ("FP4", 40000), ("table to 127", 65536), ("4", 65536), ("stretched", 65536), ("sign", 65536)])
 def test_the_largest_sums_do_not_overflow(grid, k):
     bits, Q = GRIDS[grid]
-    L, p = rows16.levels(Q), product.pack(LowBit.pack(torch.tensor([[len(Q) - 1]]).expand(1, k), torch.ones(1, 1).half(), Q, bits))
+    L, p = levels(Q), product.pack(LowBit.pack(torch.tensor([[len(Q) - 1]]).expand(1, k), torch.ones(1, 1).half(), Q, bits))
     for sign in (1, -1):
         x = torch.full((5, k), 127.)*sign
         i = k*127*sign*(2**L.shift*L.level[-1] + L.offset)
@@ -181,7 +182,7 @@ def test_nothing_is_written_beyond_the_result():
         p, x = product.pack(tensor("4", m, 64, 32)), torch.randn(M, 64)
         for path in PATHS:
             out = torch.full((64 + M*m + 64,), 7.)
-            native.load("product.cpp").product(ctypes.byref(rows16.struct(p)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out[64:].data_ptr()), ctypes.c_int64(M), 1, path)
+            native.load("product.cpp").product(ctypes.byref(p.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out[64:].data_ptr()), ctypes.c_int64(M), 1, path)
             assert (out[:64] == 7).all() and (out[-64:] == 7).all() and torch.equal(out[64:-64].view(M, m), product._run(x, p, path))
 
 # ---- threads, forks, torch

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['naive', 'fast', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/product.ipynb #a8ea783b
+# %% ../../../nbs/kernels/product.ipynb #1bb8446a
 import ctypes, torch
 from torch import Tensor
 from . import activations, native
-from .rows16 import Packed, codes_of, levels, pack, rows, struct
+from .rows16 import Packed, _codes_of, levels, pack, rows
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
@@ -37,13 +37,13 @@ def _check(x, k):
     if x.device.type != "cpu": raise ValueError(f"this product runs on the processor (got activations on {x.device}); move them with .cpu()")
     if not x.ndim or x.shape[-1] != k: raise ValueError(f"the weights have {k} columns (got activations of shape {tuple(x.shape)})")
 
-# %% ../../../nbs/kernels/product.ipynb #9c835db8
+# %% ../../../nbs/kernels/product.ipynb #8b16c331
 def _plain(x, packed):
     "The product from the packing, in torch."
     (m, k), g, G = packed.shape, packed.group, packed.scales.shape[1]
     a, s = activations.quantize(x.reshape(x.shape[:-1].numel(), k))
     if packed.perm is not None: a = a[:, packed.perm.long()]
-    c = codes_of(packed.data, packed.width)[:m].unflatten(1, (G, -(-g//32)*32))[..., :g]
+    c = _codes_of(packed.data, packed.width)[:m].unflatten(1, (G, -(-g//32)*32))[..., :g]
     ℓ = c.double() if packed.table is None else packed.table[c.int()].double()
     a = a.double().view(len(a), G, g)
     A = a.sum(-1)                                                                             # (M, groups)
@@ -52,12 +52,12 @@ def _plain(x, packed):
     y = (Δ*i).sum(0) if z is None else (Δ*i + z*A.t()[..., None]).sum(0)
     return (s.double()*packed.step*y).float().view(*x.shape[:-1], m)
 
-# %% ../../../nbs/kernels/product.ipynb #0b5cf9b6
+# %% ../../../nbs/kernels/product.ipynb #72bf1866
 def _run(x, packed, path=None, threads=None):
     lib = native.load("product.cpp")
     if lib is None: return _plain(x, packed)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], packed.shape[0])
-    lib.product(ctypes.byref(struct(packed)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.shape[:-1].numel()),
+    lib.product(ctypes.byref(packed.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.shape[:-1].numel()),
         torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path)
     return y
 
