@@ -289,6 +289,8 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                    'paretolab/kernels/hadamard.py'),
                                             'paretolab.kernels.hadamard._two': ( 'kernels/hadamard.html#_two',
                                                                                  'paretolab/kernels/hadamard.py'),
+                                            'paretolab.kernels.hadamard._warps': ( 'kernels/hadamard.html#_warps',
+                                                                                   'paretolab/kernels/hadamard.py'),
                                             'paretolab.kernels.hadamard.fast': ( 'kernels/hadamard.html#fast',
                                                                                  'paretolab/kernels/hadamard.py'),
                                             'paretolab.kernels.hadamard.naive': ( 'kernels/hadamard.html#naive',

@@ -63,7 +63,7 @@ def _two(x, y, scale, a: tl.constexpr, b: tl.constexpr, PARTS: tl.constexpr, MID
     v = tl.trans(_right(tl.trans(v), _signs(a), MID))
     tl.store(y + at, v.to(y.dtype.element_ty))
 
-# %% ../../../nbs/kernels/hadamard.ipynb #c237d262
+# %% ../../../nbs/kernels/hadamard.ipynb #2ea5edc9
 _parts = {torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float32: (3, 3)} # parts of the input, and in between
 
 def _factors(n):
@@ -71,14 +71,16 @@ def _factors(n):
     a = 2**(int(log2(n))//2)
     return a, n//a
 
+def _warps(n): return 16 if n > 4096 else 8 if n == 128 or n > 1024 else 4
+
 class _Transform(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, n):
         ctx.n, flat, (first, mid) = n, x.contiguous(), _parts[x.dtype]
         y, R = torch.empty_like(flat), x.numel()//n
         if not R: return y
-        if n <= 128: _one[(triton.cdiv(R, 32),)](flat, y, R, n**-0.5, n=n, BM=32, PARTS=first)
-        else: _two[(R,)](flat, y, n**-0.5, *_factors(n), PARTS=first, MID=mid, num_warps=8 if n > 4096 else 4)
+        if n <= 128: _one[(triton.cdiv(R, 32),)](flat, y, R, n**-0.5, n=n, BM=32, PARTS=first, num_warps=_warps(n))
+        else: _two[(R,)](flat, y, n**-0.5, *_factors(n), PARTS=first, MID=mid, num_warps=_warps(n))
         return y
 
     @staticmethod
@@ -96,11 +98,11 @@ def fast(
     ready(x)
     return _Transform.apply(x, n)
 
-# %% ../../../nbs/kernels/hadamard.ipynb #43fba474
+# %% ../../../nbs/kernels/hadamard.ipynb #0837116e
 def _case(n, dtype):
     (first, mid), (a, b) = _parts[dtype], _factors(n)
     kind, name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype], f"{n}, {str(dtype)[6:]}"
-    if n <= 128: return Case(name, _one, dict(x=kind, y=kind, R="i32", scale="fp32"), dict(n=n, BM=32, PARTS=first), dot=True)
-    return Case(name, _two, dict(x=kind, y=kind, scale="fp32"), dict(a=a, b=b, PARTS=first, MID=mid), dot=True, num_warps=8 if n > 4096 else 4)
+    if n <= 128: return Case(name, _one, dict(x=kind, y=kind, R="i32", scale="fp32"), dict(n=n, BM=32, PARTS=first), dot=True, num_warps=_warps(n))
+    return Case(name, _two, dict(x=kind, y=kind, scale="fp32"), dict(a=a, b=b, PARTS=first, MID=mid), dot=True, num_warps=_warps(n))
 
 cases = [_case(n, t) for n in (16, 64, 128, 256, 1024, 4096, 16384) for t in (torch.bfloat16, torch.float32)]
