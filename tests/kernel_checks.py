@@ -71,6 +71,7 @@ def lion(module, device, n, dtype, state, exact):
     b = [None if t is None else t.clone().to(device) for t in a]
     for _ in range(3):
         g = torch.randn(n).to(dtype)
+        g[::7] = 0                                                       # the sign of zero is zero
         module.naive(a[0], g, *a[1:], 0.1, (0.9, 0.95), 0.1)
         module.fast(b[0], g.to(device), *b[1:], 0.1, (0.9, 0.95), 0.1)
     for x, y in zip(a, b):
@@ -79,7 +80,7 @@ def lion(module, device, n, dtype, state, exact):
         far = (x - y).abs() > (0 if exact else 2**-6*x.abs() + (1.001 if state == torch.int8 else 1e-6))
         assert far.sum() <= (0 if exact else 1 + n//500)
 
-ATTENTIONS = [(1, 1, 1, 16, 16, 1, 1, torch.float32), (1, 3, 70, 16, 16, 1, 2, torch.float32), (2, 4, 100, 32, 16, 2, 4, torch.float32), (1, 3, 70, 32, 16, 1, 3, torch.bfloat16), (1, 2, 65, 16, 32, 1, 2, torch.float16)]
+ATTENTIONS = [(1, 1, 1, 16, 16, 1, 1, torch.float32), (1, 3, 70, 16, 16, 1, 2, torch.float32), (2, 2, 60, 32, 16, 2, 2, torch.float32), (1, 4, 90, 16, 16, 1, 4, torch.float32), (1, 3, 70, 32, 16, 1, 3, torch.bfloat16), (1, 2, 65, 16, 32, 1, 2, torch.float16)]
 
 def attention(module, device, N, H, T, D, block, local, stride, dtype):
     "Values and gradients against torch's masked attention in float64."
@@ -96,15 +97,15 @@ def attention(module, device, N, H, T, D, block, local, stride, dtype):
 STEPS = [((5, 7), 1), ((33, 70), 4), ((70, 33), 4), ((16, 16), 16), ((64, 65), 20)]
 
 def apollo(module, device, shape, r, dtype=torch.float32, tolerance=1e-4):
-    "Updates and state of ten steps with two seeds, relative to their size."
+    "Updates and state of six steps with two seeds, relative to their size."
     torch.manual_seed(r)
     n = max(shape)
     a = [torch.randn(shape).to(dtype), torch.zeros(r, n), torch.zeros(r, n), torch.zeros(1)]
     w0, b = a[0].clone(), [t.clone().to(device) for t in a]
-    for t in range(1, 11):
+    for t in range(1, 7):
         g = (torch.randn(shape)*10**float(torch.randn(1))).to(dtype)
-        module.naive(a[0], g, tuple(a[1:]), t, 11 + t//5, 0.01, 1., (0.9, 0.99, 1e-6, 0.1, 1.01))
-        module.fast(b[0], g.to(device), tuple(b[1:]), t, 11 + t//5, 0.01, 1., (0.9, 0.99, 1e-6, 0.1, 1.01))
+        module.naive(a[0], g, tuple(a[1:]), t, 11 + t//3, 0.01, 1., (0.9, 0.99, 1e-6, 0.1, 1.01))
+        module.fast(b[0], g.to(device), tuple(b[1:]), t, 11 + t//3, 0.01, 1., (0.9, 0.99, 1e-6, 0.1, 1.01))
     assert float((a[0].float() - b[0].cpu().float()).norm()/(a[0].float() - w0.float()).norm()) < tolerance
     for x, y in zip(a[1:], b[1:]): assert float((x - y.cpu()).norm()/x.norm()) < tolerance
 

@@ -2,7 +2,7 @@
 import importlib, json, re, subprocess, sys
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import pytest, torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import kernel_checks
@@ -116,7 +116,7 @@ def test_transform(case, dtype):
     with interpret(): kernel_checks.transform(module("hadamard"), "cpu", *case, dtype)
 
 @pytest.mark.soak
-@pytest.mark.parametrize("n", [1024, 4096, 16384])
+@pytest.mark.parametrize("n", [1024, 4096])
 def test_large_transforms(n):
     for dtype in (torch.bfloat16, torch.float32):
         with interpret(): kernel_checks.transform(module("hadamard"), "cpu", (2, n), n, dtype)

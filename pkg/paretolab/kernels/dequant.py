@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['naive', 'fast']
 
-# %% ../../../nbs/kernels/dequant.ipynb #bb9dd46f
+# %% ../../../nbs/kernels/dequant.ipynb #8137d738
 import torch, triton, triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 from .aot import Case
 from .interpreter import ready
-from .unpack import row_bytes
 from ..quantizers.lowbit import LowBit
 
 # %% ../../../nbs/kernels/dequant.ipynb #b11a05a3

@@ -63,13 +63,15 @@ def _two(x, y, scale, a: tl.constexpr, b: tl.constexpr, PARTS: tl.constexpr, MID
     v = tl.trans(_right(tl.trans(v), _signs(a), MID))
     tl.store(y + at, v.to(y.dtype.element_ty))
 
-# %% ../../../nbs/kernels/hadamard.ipynb #c237d262
+# %% ../../../nbs/kernels/hadamard.ipynb #982b3998
 _parts = {torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float32: (3, 3)} # parts of the input, and in between
 
 def _factors(n):
-    "n = a*b, each from 16 to 128, b the larger."
+    "n = a*b, a from 16, b the larger."
     a = 2**(int(log2(n))//2)
     return a, n//a
+
+def _rows(n): return 16 if n == 128 else 32          # with 32 rows of 128 the parts of float32 no longer fit into registers
 
 class _Transform(torch.autograd.Function):
     @staticmethod
@@ -77,30 +79,30 @@ class _Transform(torch.autograd.Function):
         ctx.n, flat, (first, mid) = n, x.contiguous(), _parts[x.dtype]
         y, R = torch.empty_like(flat), x.numel()//n
         if not R: return y
-        if n <= 128: _one[(triton.cdiv(R, 32),)](flat, y, R, n**-0.5, n=n, BM=32, PARTS=first)
-        else: _two[(R,)](flat, y, n**-0.5, *_factors(n), PARTS=first, MID=mid, num_warps=8 if n > 4096 else 4)
+        if n <= 128: _one[(triton.cdiv(R, _rows(n)),)](flat, y, R, n**-0.5, n=n, BM=_rows(n), PARTS=first)
+        else: _two[(R,)](flat, y, n**-0.5, *_factors(n), PARTS=first, MID=mid)
         return y
 
     @staticmethod
     def backward(ctx, dy): return _Transform.apply(dy, ctx.n), None
 
-# %% ../../../nbs/kernels/hadamard.ipynb #0ed915ae
+# %% ../../../nbs/kernels/hadamard.ipynb #fdcb86a5
 def fast(
     x:Tensor, # (..., C), float16, bfloat16 or float32
-    n:int, # order, from 16 to 16384
+    n:int, # order, from 16 to 4096
 )->Tensor: # (..., C), type of x
     "Transform by one or two products of signs."
     _check(x, n)
     if x.dtype not in _parts: raise TypeError(f"x is float16, bfloat16 or float32 (got {x.dtype})")
-    if not 16 <= n <= 16384: raise ValueError(f"tensor cores take orders from 16 to 16384 (got {n}); use naive")
+    if not 16 <= n <= 4096: raise ValueError(f"this kernel takes orders from 16 to 4096 (got {n}); use naive")
     ready(x)
     return _Transform.apply(x, n)
 
-# %% ../../../nbs/kernels/hadamard.ipynb #43fba474
+# %% ../../../nbs/kernels/hadamard.ipynb #a6a18a48
 def _case(n, dtype):
     (first, mid), (a, b) = _parts[dtype], _factors(n)
     kind, name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype], f"{n}, {str(dtype)[6:]}"
-    if n <= 128: return Case(name, _one, dict(x=kind, y=kind, R="i32", scale="fp32"), dict(n=n, BM=32, PARTS=first), dot=True)
-    return Case(name, _two, dict(x=kind, y=kind, scale="fp32"), dict(a=a, b=b, PARTS=first, MID=mid), dot=True, num_warps=8 if n > 4096 else 4)
+    if n <= 128: return Case(name, _one, dict(x=kind, y=kind, R="i32", scale="fp32"), dict(n=n, BM=_rows(n), PARTS=first), dot=True)
+    return Case(name, _two, dict(x=kind, y=kind, scale="fp32"), dict(a=a, b=b, PARTS=first, MID=mid), dot=True)
 
-cases = [_case(n, t) for n in (16, 64, 128, 256, 1024, 4096, 16384) for t in (torch.bfloat16, torch.float32)]
+cases = [_case(n, t) for n in (16, 64, 128, 256, 1024, 4096) for t in (torch.bfloat16, torch.float32)]
