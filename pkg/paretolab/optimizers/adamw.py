@@ -5,27 +5,31 @@
 # %% auto #0
 __all__ = ['adamw', 'AdamW']
 
-# %% ../../../nbs/optimizers/adamw.ipynb #af80c4a4
+# %% ../../../nbs/optimizers/adamw.ipynb #decbfa2d
 import torch
 from torch.optim.adamw import adamw as fused
-from .contract import Optimizer, local, working
+from .contract import Optimizer, Whole, local, working
 
-# %% ../../../nbs/optimizers/adamw.ipynb #192350f0
+# %% ../../../nbs/optimizers/adamw.ipynb #8caec699
 def adamw(
     o:Optimizer, # whose state holds the moments
     g:dict, # group, with lr, betas, eps, weight_decay, maximize
-    p, # a parameter with a gradient
+    params:list, # parameters with gradients
 ):
-    "One step of torch's fused AdamW on one parameter."
-    if not o.state[p]: o.begin(p, **{k: torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")})
-    state, w, t = o.state[p], o.weight(p), torch.tensor(float(o.tick(p) - 1))
-    m, v = (o.states.read(state, k) for k in ("exp_avg", "exp_avg_sq"))
-    fused([θ := w.detach().contiguous()], [local(p.grad).to(w.dtype).contiguous()], [m], [v], [], [t], fused=True, amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1],
-        lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"], maximize=g["maximize"])
-    if not w.is_contiguous(): w.copy_(θ)
-    o.states.write(state, "exp_avg", m); o.states.write(state, "exp_avg_sq", v); o.put(p, w)
+    "One step of torch's fused AdamW."
+    as_it_is = lambda p: type(o.states) is Whole and p.dtype == working(p) and local(p).is_contiguous()
+    for part in [[p for p in params if as_it_is(p)], *([p] for p in params if not as_it_is(p))]:
+        for p in part: o.begin(p, **{} if o.state[p] else {k: torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")})
+        W = [o.weight(p).detach() for p in part]
+        Θ, G = [w.contiguous() for w in W], [local(p.grad).to(working(p)).contiguous() for p in part]
+        M, V = ([o.states.read(o.state[p], k) for p in part] for k in ("exp_avg", "exp_avg_sq"))
+        fused(Θ, G, M, V, [], [o.state[p]["step"] for p in part], fused=True, amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1],
+            lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"], maximize=g["maximize"])
+        for p,w,θ,m,v in zip(part, W, Θ, M, V):
+            if not w.is_contiguous(): w.copy_(θ)
+            o.states.write(o.state[p], "exp_avg", m); o.states.write(o.state[p], "exp_avg_sq", v); o.put(p, w)
 
-# %% ../../../nbs/optimizers/adamw.ipynb #bf4d4bca
+# %% ../../../nbs/optimizers/adamw.ipynb #22649a7e
 class AdamW(Optimizer):
     "torch's fused AdamW; matrices are decayed, norms are not."
     def __init__(self,
@@ -40,4 +44,4 @@ class AdamW(Optimizer):
         super().__init__(named_parameters, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     def update(self, g, named):
-        for _,p in named: adamw(self, g, p)
+        adamw(self, g, [p for _,p in named])

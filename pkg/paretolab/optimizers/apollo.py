@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from .adamw import adamw
 from .lowrank import Layout, LowRank, gaussian, rank_of, total
 
-# %% ../../../nbs/optimizers/apollo.ipynb #5f892c73
+# %% ../../../nbs/optimizers/apollo.ipynb #efdec87a
 class APOLLO(LowRank):
     "Each channel of a matrix scaled by what AdamW does to a random projection of it."
     channels, growth, projection = True, 1.01, staticmethod(gaussian)
@@ -38,9 +38,7 @@ class APOLLO(LowRank):
         return dict(exp_avg=rows, exp_avg_sq=rows, step=(), norm=())
 
     def update(self, g, named):
-        if g["rule"] == "adamw":
-            for _,p in named: adamw(self, g, p)
-            return
+        if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
         scales, layouts = [self._scale(g, n, p) for n,p in named], [Layout(p) for _,p in named]
         sums = total(layouts, [s[-1] for s in scales])
         for (_,p),layout,scale,x in zip(named, layouts, scales, sums): self._apply(g, p, layout, *scale[:-1], x)

@@ -83,7 +83,7 @@ def _library(name):
     try: return import_module(name)
     except ModuleNotFoundError as e: raise ModuleNotFoundError(f"this baseline is computed by the package {name.replace('_', '-')} (got {e}); install paretolab[optimizers]") from None
 
-# %% ../../../nbs/optimizers/baselines.ipynb #d71493cb
+# %% ../../../nbs/optimizers/baselines.ipynb #76b83037
 class SOAP(Optimizer):
     "Adam in Shampoo's eigenbasis for the matrices of the blocks, AdamW for the rest."
     def __init__(self,
@@ -109,7 +109,8 @@ class SOAP(Optimizer):
     def admit(self, rule, named, group): rule == "soap" and _whole(named)
 
     def update(self, g, named):
-        for _,p in named: adamw(self, g, p) if g["rule"] == "adamw" else self._step(g, p)
+        if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
+        for _,p in named: self._step(g, p)
 
     def _step(self, g, p):
         state, w = self.state[p], self.weight(p).detach(); w.grad = self.gradient(g, p)

@@ -39,7 +39,7 @@ def randomised(
     for _ in range(3): Z = torch.linalg.qr(gram(Z))[0]
     return _signed(Z @ torch.linalg.eigh(Z.mT @ gram(Z))[1].flip(1)[:,:r])
 
-# %% ../../../nbs/optimizers/galore.ipynb #8f0100dc
+# %% ../../../nbs/optimizers/galore.ipynb #c2988240
 class GaLore(LowRank):
     "AdamW on the leading singular directions of each matrix's gradient."
     basis = staticmethod(randomised)
@@ -66,7 +66,8 @@ class GaLore(LowRank):
         return dict(exp_avg=rows, exp_avg_sq=rows, basis=(min(shape), r), step=())
 
     def update(self, g, named):
-        for n,p in named: adamw(self, g, p) if g["rule"] == "adamw" else self._step(g, n, p)
+        if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
+        for n,p in named: self._step(g, n, p)
 
 # %% ../../../nbs/optimizers/galore.ipynb #d6688458
 @patch

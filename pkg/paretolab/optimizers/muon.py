@@ -27,7 +27,7 @@ def orthogonal(
         X = a*X + (b*A + c*A @ A) @ X
     return X.mT if tall else X
 
-# %% ../../../nbs/optimizers/muon.ipynb #c4446218
+# %% ../../../nbs/optimizers/muon.ipynb #d115185a
 class Muon(Optimizer):
     "Muon for the matrices of the blocks, AdamW for everything else."
     def __init__(self,
@@ -53,8 +53,7 @@ class Muon(Optimizer):
 
     def update(self, g, named):
         if g["rule"] == "muon": _matrices(self, g, [p for _,p in named])
-        else:
-            for _,p in named: adamw(self, g, p)
+        else: adamw(self, g, [p for _,p in named])
 
 # %% ../../../nbs/optimizers/muon.ipynb #147699a7
 def _matrices(o, g, params):

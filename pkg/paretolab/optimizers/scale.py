@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .adamw import adamw
 from .contract import Optimizer, is_end, working
 
-# %% ../../../nbs/optimizers/scale.ipynb #49f870bf
+# %% ../../../nbs/optimizers/scale.ipynb #76048104
 class SCALE(Optimizer):
     "Normalised gradients, and momentum for the head."
     def __init__(self,
@@ -39,7 +39,8 @@ class SCALE(Optimizer):
     def slots(rule, shape, rank=None): return Optimizer.slots(rule, shape) if rule == "adamw" else dict(exp_avg=shape, step=()) if rule == "head" else dict(step=())
 
     def update(self, g, named):
-        for _,p in named: adamw(self, g, p) if g["rule"] == "adamw" else self._step(g, p)
+        if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
+        for _,p in named: self._step(g, p)
 
     def _step(self, g, p):
         G, w = self.gradient(g, p), self.weight(p)
