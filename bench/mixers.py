@@ -1,5 +1,5 @@
 """What mixers cost: their own arithmetic at 1,000 domains, weights that change at every step in the loader, and measurements as a share of training. CPU time on one thread."""
-import json, platform, statistics, tempfile, time
+import json, platform, statistics, time
 from pathlib import Path
 
 import numpy as np, torch
@@ -10,7 +10,7 @@ from paretolab.mixers.aioli import Aioli
 from paretolab.mixers.dga import DGA
 from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
-from paretolab.mixers.requests import DomainGradients, Evaluate, Probe
+from paretolab.mixers.requests import DomainGradients, Probe
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.static import Static
 from paretolab.models.mobilellm import MobileLLM, mobilellm
