@@ -15,7 +15,7 @@ from paretolab.mixers.doremi import DoReMi
 from paretolab.mixers.protocol import exp_grad
 from paretolab.mixers.mixing_laws import MixingLaws, fit_law, law as exponential
 from paretolab.mixers.regmix import RegMix, draw, ridge
-from paretolab.mixers.requests import DomainGradients, Evaluate, Probe, Run
+from paretolab.mixers.requests import DomainGradients, Evaluate
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.static import Static
 from paretolab.models.mobilellm import MobileLLM, Shape

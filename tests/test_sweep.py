@@ -1,5 +1,5 @@
 """Sweeps killed in every place a journal can be in, torn and damaged journals, and trials that misbehave."""
-import json, os, random, signal, sys, time
+import os, random, signal, sys, time
 
 import pytest
 from paretolab.engine import sweep as S
@@ -90,9 +90,8 @@ def test_a_damaged_journal_is_refused_and_kept(trials, tmp_path):
 def test_the_same_numbers_under_another_function_are_other_trials(trials, tmp_path):
     assert [o.get("result") for f in (abs, len) for o in sweep(f, [[1], [2, 3]], tmp_path/"j", here)][2:] == [1, 2]
 
-def test_submitit_runs_the_same(trials, tmp_path):
+def test_submitit_runs_the_same(tmp_path):
     submitit = pytest.importorskip("submitit", reason="submitit is not installed")
-    c = [dict(n=n, file=str(tmp_path/"ran")) for n in range(2)]
     outs = sweep(abs, [-3, 4, "x"], tmp_path/"j", S.submitit(submitit.DebugExecutor(tmp_path/"logs")))
     assert [o.get("result") for o in outs] == [3, 4, None] and "TypeError" in outs[2]["error"]
 

@@ -40,21 +40,21 @@ def excess(
     e = (ℓ - r).clamp_min(0).mean(1)
     return {d: e[domain == i].double().mean().item() if (domain == i).any() else None for i,d in enumerate(domains)}
 
-# %% ../../../nbs/engine/steer.ipynb #c280f68f
+# %% ../../../nbs/engine/steer.ipynb #3adf080d
 def align(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V)
     stream, # the `MixedStream` whose text is trained on
     windows:dict, # target -> held-out tokens (n, L+1) int64
-    n:int, # sequences of each domain and windows of each target
+    n:int, # sequences of each domain, and windows of all targets together, at least one of each
     seed:list, # numbers that decide which
 )->dict: # align: domain -> ⟨g_j, ∇L⟩; norm: domain -> ‖g_j‖
     "First-order effect of each domain on the mean target loss."
     rng, length = np.random.default_rng(seed), stream.length
     batches = [torch.from_numpy(np.stack([t.read(int(i), length + 1) for i in rng.integers(0, len(t) - length, n)])) for t in stream.tokens.values()]
-    Γ = gram(model, [*batches, torch.cat([w[rng.integers(0, len(w), n)] for w in windows.values()])])
+    Γ = gram(model, [*batches, torch.cat([w[rng.integers(0, len(w), -(-n//len(windows)))] for w in windows.values()])])
     return dict(align=dict(zip(stream.domains, Γ[-1,:-1].tolist())), norm=dict(zip(stream.domains, Γ.diagonal()[:-1].sqrt().tolist())))
 
-# %% ../../../nbs/engine/steer.ipynb #282dd568
+# %% ../../../nbs/engine/steer.ipynb #00b5f5e2
 class Steer:
     "Answers a mixer's requests inside `fit` and sets the stream's weights."
     def __init__(self,
@@ -88,7 +88,7 @@ class Steer:
             r = self.open[0]
             if r == Evaluate(): self._told(held_out(self.model, self.windows))
             elif r == DomainGradients(): self._told(align(self.model, self.stream, self.windows, self.minibatch, [self.seed, self.run["planned"]]))
-            elif isinstance(r, Probe): self.run.update(before=held_out(self.model, self.windows), left=r.steps); return self._ask(dict(zip(self.stream.domains, r.weights)))
+            elif isinstance(r, Probe): self.run.update(before=self.run["before"] or held_out(self.model, self.windows), left=r.steps); return self._ask(dict(zip(self.stream.domains, r.weights)))
             elif r == Evaluate(excess=True) and self.reference: return
             else: raise ValueError(f"{type(self.mixer).__name__} asked for {r}, which needs {'a reference model: pass one' if isinstance(r, Evaluate) else 'runs of its own: make them with engine.sweep'}")
 
@@ -100,7 +100,9 @@ class Steer:
         if self.run["left"]:
             self.run["left"] -= 1
             if self.run["left"]: return
-            self._told(dict(before=self.run["before"], after=held_out(self.model, self.windows)))
+            before, self.run["before"] = self.run["before"], held_out(self.model, self.windows)        # after this probe is before the next
+            self._told(dict(before=before, after=self.run["before"]))
+        else: self.run["before"] = None
         if not self.open: self.run["planned"] = step + 1; self.open = list(self.mixer.plan(self.state, step + 1))
         self._answer()
 

@@ -92,11 +92,11 @@ def _looks(s, text):
     from paretolab.engine.evaluate import windows
     return windows({d: _Part(t, len(t) - _aside(t, s), _aside(t, s)) for d,t in text.tokens.items()}, s.length, 4)
 
-# %% ../../../nbs/frontier/job.ipynb #b72e188f
+# %% ../../../nbs/frontier/job.ipynb #902697ed
 def _hooks(s, text, model, stream):
     "The mixer, unless the weights stay as they are."
     from paretolab.engine.steer import Steer
-    return () if s.mixer == Settings.mixer else (Steer(member("mixers", s.mixer)(), model, stream, _looks(s, text), s.seed),)
+    return () if s.mixer == Settings.mixer else (Steer(member("mixers", s.mixer)(), model, stream, _looks(s, text), s.seed, minibatch=2),)
 
 # %% ../../../nbs/frontier/job.ipynb #d637606f
 def _steps(s, text, run):
