@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PackedLM', 'naive', 'load', 'stream', 'write']
 
-# %% ../../../nbs/models/decode.ipynb #bb633ff8
+# %% ../../../nbs/models/decode.ipynb #5bf314cc
 import ctypes, json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -16,7 +16,7 @@ from ..kernels import native
 from ..kernels.rows16 import Packed, pack, rows, struct
 from .shape import Shape
 
-# %% ../../../nbs/models/decode.ipynb #5614ab7a
+# %% ../../../nbs/models/decode.ipynb #2c7682cb
 @dataclass(frozen=True, eq=False, repr=False)
 class _Block:
     "Matrices and norms of a block."
@@ -30,6 +30,10 @@ class _Block:
     norm1:nn.RMSNorm
     norm2:nn.RMSNorm
 
+def _whole(q):
+    "A width given as 4.0 is 4."
+    return replace(q, bits=int(q.bits)) if isinstance(q.bits, float) and q.bits.is_integer() else q
+
 def _parts(shape, state):
     "Packed matrices and float32 norms by weight name, or a sentence on what does not fit."
     from paretolab.models.mobilellm import MobileLLM
@@ -39,18 +43,19 @@ def _parts(shape, state):
     for n,t in state.items():
         if tuple(t.shape) != want[n]: raise ValueError(f"{n} has to be of shape {want[n]} (got {tuple(t.shape)})")
         if isinstance(t, Tensor) and t.ndim == 2: raise ValueError(f"{n} has no width: decoding takes low-bit matrices (got {t.dtype}); give it one, up to 8 bits, in the plan")
-        try: parts[n] = nn.RMSNorm(shape.dim, shape.eps) if isinstance(t, Tensor) else pack(t)
+        try: parts[n] = nn.RMSNorm(shape.dim, shape.eps) if isinstance(t, Tensor) else pack(_whole(t))
         except ValueError as e: raise ValueError(f"{n}: {e}") from e
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #c9ad9111
-class PackedLM:
+# %% ../../../nbs/models/decode.ipynb #0158ea9e
+class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
         shape:Shape, # its shape
         state:dict, # weight name -> `LowBit` or 16-bit tensor: `plan.compress`, `lowbit.load`
     ):
+        super().__init__()
         parts, s = _parts(shape, state), shape
         block = lambda i: {**{x: parts[f"blocks.{i}.attn.{x}.weight"] for x in "qkvo"}, **{x: parts[f"blocks.{i}.mlp.{x}.weight"] for x in ("gate", "up", "down")},
                            **{x: parts[f"blocks.{i}.{x}.weight"] for x in ("norm1", "norm2")}}
@@ -60,7 +65,7 @@ class PackedLM:
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
         self._native = _native(self)
-    def __call__(self,
+    def forward(self,
         tokens:Tensor, # (1, T) int64
         cache=None, # keys and values so far: `models.generate.Cache`
         last:bool=False, # only the logits after the last token
