@@ -4,7 +4,9 @@ import ctypes, json, platform, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
-import gguf, llama_cpp, numpy as np, torch
+import numpy as np, torch
+try: import gguf, llama_cpp
+except ImportError as e: raise SystemExit(print(f"decode: left out, since {e.name} is not installed; it comes with the extra bench, as in `pip install -c constraints.txt paretolab[bench]`")) from None
 from paretolab.engine.evaluate import bits_per_byte, macro
 from paretolab.engine.settings import Settings
 from paretolab.frontier.job import prepare

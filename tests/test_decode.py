@@ -1,5 +1,5 @@
 """Decoding from low-bit tensors: the same logits and text as the definition, streaming, the command, wrong input, two models at once."""
-import os, shutil, signal, subprocess, sys, threading, time
+import os, shutil, signal, subprocess, sys, threading
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PackedLM', 'naive', 'load', 'stream', 'write']
 
-# %% ../../../nbs/models/decode.ipynb #5bf314cc
-import ctypes, json
+# %% ../../../nbs/models/decode.ipynb #f4e0f0be
+import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
