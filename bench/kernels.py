@@ -5,14 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from paretolab.kernels import native, product, rows16
+from paretolab.kernels import native, product
 from paretolab.quantizers.lowbit import LowBit
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 torch.manual_seed(0)
 HERE = Path(__file__).parent
-COLD, ROUNDS = 160_000_000, 9                           # bytes of distinct weights an engine walks through, and walks
+COLD, ROUNDS = 160_000_000, 7                           # bytes of distinct weights an engine walks through, and walks
 SHAPES = (5632, 2048), (3584, 1280)                     # (m, k)
 GRIDS = {1: torch.tensor([-1., 1]), 1.58: torch.tensor([-1., 0, 1]), 2: torch.tensor([-1.5, -.5, .5, 1.5]), 3: torch.arange(-4, 4.), 4: torch.arange(-8, 8.), 8: torch.arange(-127, 128.)}
 
@@ -31,7 +31,7 @@ def ours(bits, group, m, k, M, path, cold):
     assert torch.allclose(product._run(x[:1], p, path), product.naive(x[:1], q), atol=2e-3*k**.5)
     n = max(1, -(-cold//p.nbytes))
     copies = [dataclasses.replace(p, data=p.data.clone(), scales=p.scales.clone()) for _ in range(n)]
-    structs = [ctypes.byref(rows16.struct(c)) for c in copies]
+    structs = [ctypes.byref(c.struct) for c in copies]
     lib, args = native.load("product.cpp"), (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(M), 1, path)
     def run(keep=(copies, x, y)):
         for s in structs: lib.product(s, *args)
@@ -126,7 +126,7 @@ def qint8(engine, m, k, M, cold):
 def roofs(lib, big):
     "Bytes a second that one thread reads, the best of a few ways to read."
     lib.read_all.restype = ctypes.c_uint64
-    return max(big.nbytes/seconds(lambda: lib.read_all(ctypes.c_void_p(big.data_ptr()), ctypes.c_int64(big.numel() - 8192), ctypes.c_int64(ahead))) for ahead in (0, 1024, 2048, 4096))
+    return max(big.nbytes/seconds(lambda: lib.read_all(ctypes.c_void_p(big.data_ptr()), ctypes.c_int64(big.numel() - 8192), ctypes.c_int64(ahead))) for ahead in (-1, 0, 2048))
 
 def compare(name, engines, lib, big, m, k, M):
     "All engines in turns; per engine the median over the rounds, and the bound of each round."
@@ -158,7 +158,7 @@ def main():
         engines = {}
         for bits, group in [(b, 0) for b in W] + [(2, 128), (2, 32), (3, 32), (4, 128), (4, 32)]:
             for path in range(1, best + 1): engines[f"ours {bits} {'row' if not group else group}{'' if path == 2 else ' AVX2'}"] = ours(bits, group, m, k, 1, path, COLD)
-        for kind in ("TQ2_0", "TQ1_0", "Q1_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q8_0"): maybe(engines, f"ggml {kind}", ggml, kind, False, m, k, 1, COLD)
+        for kind in ("TQ2_0", "TQ1_0", "Q1_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q8_0"): maybe(engines, f"ggml {kind}", ggml, kind, False, m, k, 1, COLD)
         for kind in ("Q4_0", "Q4_K"): maybe(engines, f"ggml {kind} repacked", ggml, kind, True, m, k, 1, COLD)
         for bits, group in ((2, 128), (4, 32), (4, 128), (8, 128)): maybe(engines, f"onnxruntime {bits} {group}", onnx, bits, group, m, k, 1, COLD)
         engines["torch int4pack 128"] = int4pack(m, k, 1, COLD)

@@ -4,10 +4,11 @@
 #include <immintrin.h>
 #endif
 
-extern "C" uint64_t read_all(const uint64_t* p, int64_t words, int64_t ahead) { // `ahead`: bytes to prefetch, or 0
+extern "C" uint64_t read_all(const uint64_t* p, int64_t words, int64_t ahead) { // `ahead`: how far to ask for each line, 0: not at all, -1: for the first line of the next page
     uint64_t s[32] = {};
     for (int64_t i = 0; i + 32 <= words; i += 32) {
-        if (ahead) for (int j = 0; j < 4; j++) __builtin_prefetch((const char*)(p + i) + ahead + 64 * j);
+        if (ahead < 0 && !(uintptr_t(p + i) & 3840)) __builtin_prefetch((const char*)(p + i) + 4096);
+        if (ahead > 0) for (int j = 0; j < 4; j++) __builtin_prefetch((const char*)(p + i) + ahead + 64 * j);
         for (int j = 0; j < 32; j++) s[j] += p[i + j];
     }
     uint64_t sum = 0;

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from paretolab.kernels import activations, native, product, rows16
+from paretolab.kernels.levels import levels
 from paretolab.quantizers.lowbit import LowBit
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -12,7 +13,7 @@ PATHS = range(native.load("product.cpp").best_path() + 1) if shutil.which("g++")
 E2M1 = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6])
 GRIDS = {"sign": (1, torch.tensor([-1., 1])), "0/1": (1, torch.tensor([0., 1])), "ternary": (1.58, torch.tensor([-1., 0, 1])), "uneven ternary": (1.58, torch.tensor([-1., 0, 2])),
     "stretched": (2, torch.tensor([-1.5, -.5, .5, 1.5])), "2": (2, torch.arange(-2, 2.)), "three of 2": (2, torch.arange(-1, 2.)), "offset": (2, torch.tensor([.1, 1.3, 2.5, 3.7])),
-    "3": (3, torch.arange(-4, 4.)), "3 half": (3, torch.arange(-3.5, 4)), "4": (4, torch.arange(-8, 8.)), "falling": (4, -.25*torch.arange(-8, 8.)), "FP4": (4, torch.cat([E2M1, -E2M1])),
+    "3": (3, torch.arange(-4, 4.)), "3 half": (3, torch.arange(-3.5, 4)), "4": (4, torch.arange(-8, 8.)), "falling": (4, -.25*torch.arange(-8, 8.)), "FP4": (4, torch.cat([E2M1, -E2M1])), "table to 127": (4, torch.cat([torch.arange(15.), torch.tensor([127.])])),
     "6": (6, torch.arange(-31, 32.)), "8": (8, torch.arange(-128, 128.)), "8 half": (8, torch.arange(-127.5, 128)), "8 squares": (8, torch.cat([torch.arange(0, 100.), torch.arange(100, 256, 2.)]))}
 
 def tensor(grid, m, k, group=0, seed=0, scales=torch.float16, zeros=None, perm=False):
@@ -33,7 +34,7 @@ def bound(x, q):
     "What roundings can do, as derived on the page: (2 groups + 8) of them, each on at most the sum of magnitudes; and a grid's own error."
     a, s = activations.quantize(x)
     a = a.double().abs() if q.perm is None else a.double().abs()[:, q.perm.long()]
-    L, G = rows16.levels(q.grid[0]), q.scales.shape[1]
+    L, G = levels(q.grid[0]), q.scales.shape[1]
     value = (torch.tensor(L.level, dtype=torch.float64)*2**L.shift + L.offset).abs()*abs(L.step) + abs(L.rest)
     a, v = a.view(len(a), G, q.group if G else 0), value[q.codes().int()].view(q.shape[0], G, q.group if G else 0)*q.scales.double()[..., None]
     if q.zeros is not None: v = v + q.zeros.double().abs()[..., None]
@@ -49,7 +50,7 @@ def test_packing_keeps_every_value(grid, m, k, group):
         q = tensor(grid, m, k, group, zeros=zeros, perm=perm)
         p = product.pack(q)
         ids = torch.arange(m).flip(0)
-        loose = dict(atol=3e-6, rtol=0) if rows16.levels(q.grid[0]).rest or zeros and p.step % .5 else dict(atol=0, rtol=0)
+        loose = dict(atol=3e-6, rtol=0) if levels(q.grid[0]).rest or zeros and p.step % .5 else dict(atol=0, rtol=0)
         torch.testing.assert_close(product.rows(p, ids), q.dequantize()[ids], **loose)
         torch.testing.assert_close(rows16._rows(p, ids), q.dequantize()[ids], **loose)
 
@@ -63,7 +64,7 @@ def test_scales_are_exact_in_the_packing(scales):
     x = torch.full((1, 1), 127.)
     assert torch.equal(product._run(x, product.pack(q), path=0)[0], 127*s.float())
 
-@given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 20, 32, 64, 96]), st.sampled_from(list(rows16.PIECES)), st.integers(0, 999))
+@given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 20, 32, 64, 96]), st.sampled_from(list(rows16._PIECES)), st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
 def test_c_places_codes_as_defined(m, groups, group, width, seed):
     c = torch.randint(2**width, (m, groups*group), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -88,7 +89,7 @@ def test_what_pack_refuses():
 def test_integers_are_exact_on_every_path(grid, group):
     "With scales of one and activations of whole numbers the result is an integer below 2^24, or its rounding."
     bits, Q = GRIDS[grid]
-    L = rows16.levels(Q)
+    L = levels(Q)
     m, k = 35, 384
     codes = torch.randint(len(Q), (m, k), generator=torch.Generator().manual_seed(1))
     codes[0], codes[1] = len(Q) - 1, 0                                                    # the extremes
@@ -102,10 +103,10 @@ def test_integers_are_exact_on_every_path(grid, group):
         for path in PATHS: assert torch.equal(product._run(x, product.pack(q), path), want), path
 
 @compiler
-@pytest.mark.parametrize("grid, k", [("8", 65536), ("8 half", 65536), ("FP4", 40000), ("4", 65536), ("stretched", 65536), ("sign", 65536)])
+@pytest.mark.parametrize("grid, k", [("8", 65536), ("8 half", 65536), ("FP4", 40000), ("table to 127", 65536), ("4", 65536), ("stretched", 65536), ("sign", 65536)])
 def test_the_largest_sums_do_not_overflow(grid, k):
     bits, Q = GRIDS[grid]
-    L, p = rows16.levels(Q), product.pack(LowBit.pack(torch.tensor([[len(Q) - 1]]).expand(1, k), torch.ones(1, 1).half(), Q, bits))
+    L, p = levels(Q), product.pack(LowBit.pack(torch.tensor([[len(Q) - 1]]).expand(1, k), torch.ones(1, 1).half(), Q, bits))
     for sign in (1, -1):
         x = torch.full((5, k), 127.)*sign
         i = k*127*sign*(2**L.shift*L.level[-1] + L.offset)
@@ -181,7 +182,7 @@ def test_nothing_is_written_beyond_the_result():
         p, x = product.pack(tensor("4", m, 64, 32)), torch.randn(M, 64)
         for path in PATHS:
             out = torch.full((64 + M*m + 64,), 7.)
-            native.load("product.cpp").product(ctypes.byref(rows16.struct(p)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out[64:].data_ptr()), ctypes.c_int64(M), 1, path)
+            native.load("product.cpp").product(ctypes.byref(p.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out[64:].data_ptr()), ctypes.c_int64(M), 1, path)
             assert (out[:64] == 7).all() and (out[-64:] == 7).all() and torch.equal(out[64:-64].view(M, m), product._run(x, p, path))
 
 # ---- threads, forks, torch

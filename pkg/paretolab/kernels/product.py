@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['naive', 'fast', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/product.ipynb #a8ea783b
+# %% ../../../nbs/kernels/product.ipynb #12a84a7d
 import ctypes, torch
 from torch import Tensor
 from . import activations, native
-from .rows16 import Packed, codes_of, levels, pack, rows, struct
+from .levels import levels
+from .rows16 import Packed, codes_of, pack, rows
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
@@ -52,12 +53,12 @@ def _plain(x, packed):
     y = (Δ*i).sum(0) if z is None else (Δ*i + z*A.t()[..., None]).sum(0)
     return (s.double()*packed.step*y).float().view(*x.shape[:-1], m)
 
-# %% ../../../nbs/kernels/product.ipynb #0b5cf9b6
+# %% ../../../nbs/kernels/product.ipynb #72bf1866
 def _run(x, packed, path=None, threads=None):
     lib = native.load("product.cpp")
     if lib is None: return _plain(x, packed)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], packed.shape[0])
-    lib.product(ctypes.byref(struct(packed)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.shape[:-1].numel()),
+    lib.product(ctypes.byref(packed.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.shape[:-1].numel()),
         torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path)
     return y
 

@@ -104,6 +104,8 @@ static void scalar(const Packed& p, int64_t tile, const Row* rows, int64_t M, fl
     }
 }
 
+static inline void next_page(const uint8_t* d) { if (!(uintptr_t(d) & 4032)) __builtin_prefetch(d + 4096); }
+
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c,avx2")
@@ -138,6 +140,7 @@ template <int w> static inline void clear(Sums<w>& s) { if constexpr (w) for (au
 
 template <int w, bool table> static inline void block(const uint8_t*& d, const int8_t* a, __m512i T, Sums<w>& s) {
     if constexpr (w) for (int l = 0; l < w; l++, d += 64) {
+        next_page(d);
         __m512i v = _mm512_loadu_si512(d);
         for (int t = 0; t < 8 / w; t++, a += 4) {
             int32_t four; memcpy(&four, a, 4);
@@ -239,6 +242,7 @@ template <int w> static inline void clear2(Sums2<w>& s) { if constexpr (w) for (
 
 template <int w> static inline void block2(const uint8_t*& d, const int8_t* a, Sums2<w>& s) {
     if constexpr (w) for (int l = 0; l < w; l++, d += 64, a += 32 / w) {
+        next_page(d);
         for (int h = 0; h < 2; h++) {
             __m256i v = _mm256_loadu_si256((const __m256i*)d + h), v4 = _mm256_srli_epi16(v, 4);
             auto add = [&](int n, __m256i c, int t) __attribute__((always_inline, target("avx2,fma,f16c"))) {
@@ -290,7 +294,7 @@ static void table256(const Packed& p, int64_t tile, const Row* rows, int64_t M, 
         __m256 f[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int64_t g = 0; g < p.groups; g++) {
             __m256i i[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            for (int64_t n = 0; n < p.blocks() * 4; n++, d += 64, a += 8) for (int h = 0; h < 2; h++) {
+            for (int64_t n = 0; n < p.blocks() * 4; n++, d += 64, a += 8, next_page(d)) for (int h = 0; h < 2; h++) {
                 __m256i v = _mm256_loadu_si256((const __m256i*)d + h);
                 for (int t = 0; t < 2; t++) {
                     int32_t four; memcpy(&four, a + 4 * t, 4);
