@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PackedLM', 'naive', 'load', 'stream', 'write']
 
-# %% ../../../nbs/models/decode.ipynb #f4e0f0be
+# %% ../../../nbs/models/decode.ipynb #778dd394
 import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,8 +13,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..kernels import native
-from ..kernels.rows16 import Packed, pack, rows, struct
-from .shape import Shape
+from ..kernels.rows16 import Packed, pack, rows
 
 # %% ../../../nbs/models/decode.ipynb #2c7682cb
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,11 +47,11 @@ def _parts(shape, state):
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #0158ea9e
+# %% ../../../nbs/models/decode.ipynb #815463a0
 class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
-        shape:Shape, # its shape
+        shape, # its `models.shape.Shape`
         state:dict, # weight name -> `LowBit` or 16-bit tensor: `plan.compress`, `lowbit.load`
     ):
         super().__init__()
@@ -116,7 +115,7 @@ def _attention(s, q, k, v, table, remember):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True).transpose(1, 2).flatten(2).float()
 
-# %% ../../../nbs/models/decode.ipynb #5b5168ee
+# %% ../../../nbs/models/decode.ipynb #79b44431
 class _CBlock(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
 
@@ -128,7 +127,7 @@ def _native(model):
     "The function `forward`, the best path, the model as C++ reads it and what that points into; None without a compiler."
     libs = [native.load(f"{name}.cpp") for name in ("decode", "product", "rows16")]
     if None in libs: return
-    at = lambda part: ctypes.addressof(struct(part)) if isinstance(part, Packed) else part.weight.data_ptr() if isinstance(part, nn.RMSNorm) else part.data_ptr()
+    at = lambda part: ctypes.addressof(part.struct) if isinstance(part, Packed) else part.weight.data_ptr() if isinstance(part, nn.RMSNorm) else part.data_ptr()
     code = lambda f: ctypes.cast(f, ctypes.c_void_p).value
     s, (decode, product, lookup) = model.shape, libs
     blocks = (_CBlock*s.layers)(*[_CBlock(*[at(getattr(b, n)) for n,_ in _CBlock._fields_]) for b in model.blocks])
