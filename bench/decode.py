@@ -4,7 +4,9 @@ import ctypes, json, platform, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
-import gguf, llama_cpp, numpy as np, torch
+import numpy as np, torch
+try: import gguf, llama_cpp
+except ImportError as e: raise SystemExit(print(f"decode: left out, since {e.name} is not installed; it comes with the extra bench, as in `pip install -c constraints.txt paretolab[bench]`")) from None
 from paretolab.engine.evaluate import bits_per_byte, macro
 from paretolab.engine.settings import Settings
 from paretolab.frontier.job import prepare
@@ -137,10 +139,11 @@ def heads():
     with tempfile.TemporaryDirectory() as out: text = prepare(replace(Settings(), out=out))
     windows, model, found = {d: w[:4] for d,w in text.windows.items()}, hf.load(hf.shipped()), []
     found.append(dict(body=16, head=16, bpb=macro(bits_per_byte(model, windows, text.nbytes))))
-    for body in (4,):
+    for body in (8, 4):
         for head in (8, 6, 4, 3, 2):
-            packed = PackedLM(model.shape, plan.compress(model, plan.uniform(model, body, 64, embed_bits=head)))
-            found.append(dict(body=body, head=head, bpb=macro(bits_per_byte(packed, windows, text.nbytes, batch=1)), bytes=packed.nbytes, head_bytes=packed.head.nbytes, tokens_per_s=decode_speed(packed)))
+            state = plan.compress(model, plan.uniform(model, body, 64, embed_bits=head))
+            packed = PackedLM(model.shape, state)
+            found.append(dict(body=body, head=head, bpb=macro(bits_per_byte(packed, windows, text.nbytes, batch=1)), bpb_float_activations=macro(bits_per_byte(plan.restore(MobileLLM(model.shape), state), windows, text.nbytes)), bytes=packed.nbytes, head_bytes=packed.head.nbytes, tokens_per_s=decode_speed(packed)))
             print(found[-1], flush=True)
     return found
 

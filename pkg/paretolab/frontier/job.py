@@ -163,7 +163,15 @@ def _ship(model, folder, bits, group, embed_bits, s, text):
     (folder/"model.safetensors").unlink()
     return (folder/"lowbit.safetensors").stat().st_size
 
-# %% ../../../nbs/frontier/job.ipynb #abb18e4c
+# %% ../../../nbs/frontier/job.ipynb #a1467ef8
+def _runner(folder, small, bits):
+    "The model whose speed is the point's."
+    from paretolab.models import decode
+    if bits == 16: return small
+    try: return decode.load(folder)
+    except ValueError: return small
+
+# %% ../../../nbs/frontier/job.ipynb #5e5db657
 def measure(
     name:str, # of the point and its folder
     model, # trained, with 32-bit weights
@@ -184,7 +192,7 @@ def measure(
         small = load(folder)
         bpb, threads = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads()
         torch.set_num_threads(1)
-        try: speed = decode_speed(small)
+        try: speed = decode_speed(_runner(folder, small, bits))
         finally: torch.set_num_threads(threads)
         return Point(name=name, parameters=small.shape.parameters, bits=float(bits), **how, model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
             decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, **record)

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['PackedLM', 'naive', 'load', 'stream', 'write']
 
-# %% ../../../nbs/models/decode.ipynb #bb633ff8
-import ctypes, json
+# %% ../../../nbs/models/decode.ipynb #778dd394
+import ctypes
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..kernels import native
-from ..kernels.rows16 import Packed, pack, rows, struct
-from .shape import Shape
+from ..kernels.rows16 import Packed, pack, rows
 
-# %% ../../../nbs/models/decode.ipynb #5614ab7a
+# %% ../../../nbs/models/decode.ipynb #2c7682cb
 @dataclass(frozen=True, eq=False, repr=False)
 class _Block:
     "Matrices and norms of a block."
@@ -30,6 +29,10 @@ class _Block:
     norm1:nn.RMSNorm
     norm2:nn.RMSNorm
 
+def _whole(q):
+    "A width given as 4.0 is 4."
+    return replace(q, bits=int(q.bits)) if isinstance(q.bits, float) and q.bits.is_integer() else q
+
 def _parts(shape, state):
     "Packed matrices and float32 norms by weight name, or a sentence on what does not fit."
     from paretolab.models.mobilellm import MobileLLM
@@ -39,18 +42,19 @@ def _parts(shape, state):
     for n,t in state.items():
         if tuple(t.shape) != want[n]: raise ValueError(f"{n} has to be of shape {want[n]} (got {tuple(t.shape)})")
         if isinstance(t, Tensor) and t.ndim == 2: raise ValueError(f"{n} has no width: decoding takes low-bit matrices (got {t.dtype}); give it one, up to 8 bits, in the plan")
-        try: parts[n] = nn.RMSNorm(shape.dim, shape.eps) if isinstance(t, Tensor) else pack(t)
+        try: parts[n] = nn.RMSNorm(shape.dim, shape.eps) if isinstance(t, Tensor) else pack(_whole(t))
         except ValueError as e: raise ValueError(f"{n}: {e}") from e
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #c9ad9111
-class PackedLM:
+# %% ../../../nbs/models/decode.ipynb #815463a0
+class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
-        shape:Shape, # its shape
+        shape, # its `models.shape.Shape`
         state:dict, # weight name -> `LowBit` or 16-bit tensor: `plan.compress`, `lowbit.load`
     ):
+        super().__init__()
         parts, s = _parts(shape, state), shape
         block = lambda i: {**{x: parts[f"blocks.{i}.attn.{x}.weight"] for x in "qkvo"}, **{x: parts[f"blocks.{i}.mlp.{x}.weight"] for x in ("gate", "up", "down")},
                            **{x: parts[f"blocks.{i}.{x}.weight"] for x in ("norm1", "norm2")}}
@@ -60,7 +64,7 @@ class PackedLM:
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
         self._native = _native(self)
-    def __call__(self,
+    def forward(self,
         tokens:Tensor, # (1, T) int64
         cache=None, # keys and values so far: `models.generate.Cache`
         last:bool=False, # only the logits after the last token
@@ -111,7 +115,7 @@ def _attention(s, q, k, v, table, remember):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True).transpose(1, 2).flatten(2).float()
 
-# %% ../../../nbs/models/decode.ipynb #5b5168ee
+# %% ../../../nbs/models/decode.ipynb #79b44431
 class _CBlock(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
 
@@ -123,7 +127,7 @@ def _native(model):
     "The function `forward`, the best path, the model as C++ reads it and what that points into; None without a compiler."
     libs = [native.load(f"{name}.cpp") for name in ("decode", "product", "rows16")]
     if None in libs: return
-    at = lambda part: ctypes.addressof(struct(part)) if isinstance(part, Packed) else part.weight.data_ptr() if isinstance(part, nn.RMSNorm) else part.data_ptr()
+    at = lambda part: ctypes.addressof(part.struct) if isinstance(part, Packed) else part.weight.data_ptr() if isinstance(part, nn.RMSNorm) else part.data_ptr()
     code = lambda f: ctypes.cast(f, ctypes.c_void_p).value
     s, (decode, product, lookup) = model.shape, libs
     blocks = (_CBlock*s.layers)(*[_CBlock(*[at(getattr(b, n)) for n,_ in _CBlock._fields_]) for b in model.blocks])
