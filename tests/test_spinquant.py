@@ -2,7 +2,7 @@
 import pytest, torch
 from dataclasses import replace
 from paretolab.models.mobilellm import MobileLLM, Shape, mobilellm
-from paretolab.quantizers import gptq, plan, spinquant
+from paretolab.quantizers import gptq, plan
 from paretolab.quantizers.spinquant import Hadamard, cayley, fold, orders, orthogonal, paley, random_signs, rotate
 
 SHAPE = Shape(vocab=40, dim=24, ff=40, layers=2, heads=2, kv_heads=1, context=16)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['paley', 'orders', 'Hadamard', 'random_signs', 'fold', 'rotate', 'orthogonal', 'cayley', 'learn']
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #fa0bf0bf
-import copy, warnings
+# %% ../../../nbs/quantizers/spinquant.ipynb #a63232cc
+import warnings
 import torch
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from torch import nn, Tensor
+from torch import Tensor
 from torch.func import functional_call
 from ..engine.fit import losses
 from ..models.mobilellm import MobileLLM
