@@ -1,5 +1,5 @@
-"""CPU seconds of GPTQ on a model of SmolLM2-135M's shape: 4 bits, groups of 64, 4096 calibration tokens, one thread. Writes results/gptq.json."""
-import json, statistics, time
+"""CPU seconds of GPTQ on a model of SmolLM2-135M's shape: 4 bits, groups of 64, 4096 calibration tokens, one thread. Writes results/gptq.json. Argument: rounds."""
+import json, statistics, sys, time
 from pathlib import Path
 import torch
 from paretolab.models.mobilellm import MobileLLM, Shape
@@ -8,7 +8,7 @@ from paretolab.quantizers import gptq, plan
 torch.set_num_threads(1); torch.manual_seed(0)
 model = MobileLLM(Shape(vocab=49152, dim=576, ff=1536, layers=30, heads=9, kv_heads=3, context=2048))
 tokens, p, seconds = torch.randint(49152, (8, 512)), plan.uniform(model, 4, 64, "gptq.quantize"), []
-for _ in range(3):
+for _ in range(int(*sys.argv[1:] or [3])):      # rounds
     start = time.process_time()
     _, reports = gptq.compress(model, p, tokens)
     seconds.append(round(time.process_time() - start, 1))

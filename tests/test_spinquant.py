@@ -2,8 +2,9 @@
 import pytest, torch
 from dataclasses import replace
 from paretolab.models.mobilellm import MobileLLM, Shape, mobilellm
-from paretolab.quantizers import gptq, plan, spinquant
-from paretolab.quantizers.spinquant import Hadamard, cayley, fold, orders, orthogonal, paley, random_signs, rotate
+from paretolab.quantizers import gptq, plan
+from paretolab.quantizers.hadamard import Hadamard, orders, paley, random_signs
+from paretolab.quantizers.spinquant import cayley, fold, orthogonal, rotate
 
 SHAPE = Shape(vocab=40, dim=24, ff=40, layers=2, heads=2, kv_heads=1, context=16)
 

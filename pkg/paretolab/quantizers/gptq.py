@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['factor', 'solve', 'quantize', 'clipped', 'compress']
 
-# %% ../../../nbs/quantizers/gptq.ipynb #c52a8777
+# %% ../../../nbs/quantizers/gptq.ipynb #4868055b
 import copy, hashlib, json, torch
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from torch import nn, Tensor
-from ..models.linear import linear
-from ..models.mobilellm import MobileLLM
-from . import grids, lowbit, plan as plans
+from . import grids, lowbit
 from .lowbit import LowBit
 
 # %% ../../../nbs/quantizers/gptq.ipynb #70a53bf2
@@ -132,7 +130,7 @@ def clipped(
         codes = torch.where(better[..., None], (c + n).to(torch.uint8), codes)
     return LowBit.pack(codes.view(w.shape), Δ, q.grid[0], bits, group)
 
-# %% ../../../nbs/quantizers/gptq.ipynb #74ec46f4
+# %% ../../../nbs/quantizers/gptq.ipynb #1060718c
 class _Reached(Exception): "The layer that is watched has been called often enough."
 
 def _inputs(run, layer, calls):
@@ -149,6 +147,7 @@ def _inputs(run, layer, calls):
 
 def _mean_outer(xs):
     "XXᵀ/N of inputs (..., C)."
+    from paretolab.models.linear import linear
     H, N, h = 0, 0, xs[0].shape[-1]//2
     for x in xs:
         X = x.reshape(-1, x.shape[-1]).T.contiguous()
@@ -209,10 +208,10 @@ def _parts(model, T):
 
 def _value(t): return t.dequantize() if isinstance(t, LowBit) else t.float()
 
-# %% ../../../nbs/quantizers/gptq.ipynb #7acdd0d9
+# %% ../../../nbs/quantizers/gptq.ipynb #f8ebd39d
 @torch.no_grad()
 def compress(
-    model:MobileLLM, # not changed
+    model:nn.Module, # a `MobileLLM`; not changed
     plan:dict[str,tuple], # {module name: (bits, group, quantizer)}; entries with "gptq.quantize" are calibrated, but for the embedding
     tokens:Tensor, # calibration text, (n, T) int64
     run:str|Path|None=None, # folder for finished blocks; a run found there goes on
@@ -221,6 +220,7 @@ def compress(
     factor:Callable=factor, # function of H to factors
 )->tuple[dict[str,LowBit|Tensor],dict[str,dict]]: # the state as from `plan.compress`, and a report by weight name
     "Quantize a model by `plan`, with calibration."
+    from paretolab.quantizers import plan as plans
     if tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] > model.shape.context: raise ValueError(f"calibration text is sequences of up to {model.shape.context} tokens, (n, T) (got shape {tuple(tokens.shape)})")
     plans.model_bytes(plan, {n: p.shape for n, p in model.named_parameters()})            # refuses what cannot be carried out
     chosen = {n: e for n, e in plan.items() if e[2] == "gptq.quantize" and e[0] != 16 and n != "embed"}
