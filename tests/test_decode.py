@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 shapes = st.builds(lambda heads, share, half, ff, layers, repeat, post, tied, vocab: Shape(vocab=vocab, dim=2*heads*share*half, ff=ff, layers=layers, heads=heads*share, kv_heads=heads, context=24, repeat=repeat, post_ln=post*layers, tied=tied),
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 11), st.integers(1, 70), st.integers(1, 2), st.integers(1, 2), st.integers(0, 1), st.booleans(), st.integers(1, 40))
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes, st.sampled_from([2, 3, 4, 6, 8]), st.integers(1, 24), st.data())
 def test_cpp_and_torch_agree_to_the_last_bit(s, bits, T, data):
     p, _ = packed(s, bits)
@@ -81,7 +81,7 @@ def slow_text(p, state, prompt, new):
 def test_the_text_is_that_of_the_definition():
     m = hf.load(hf.shipped()); state = plan.compress(m, plan.uniform(m, 4, 64)); p = PackedLM(m.shape, state)
     prompt = "def __init__(self"
-    assert prompt + "".join(write(p, TOK, prompt, 8, end=())) == slow_text(p, state, prompt, 8)
+    assert prompt + "".join(write(p, TOK, prompt, 5, end=())) == slow_text(p, state, prompt, 5)
 
 def test_a_seed_decides_and_threads_do_not(shipped):
     say = lambda **how: "".join(write(shipped, TOK, "CHAPTER 12. The", 30, **how))
@@ -106,14 +106,14 @@ def test_a_text_ends_at_its_end(shipped):
 
 # Streaming
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=20))
 def test_pieces_together_are_the_text(text):
     ids = TOK.encode(text).ids
     pieces = list(stream(TOK, ids))
     assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces if "\ufffd" not in text)
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=8), st.lists(st.one_of(st.integers(1, 300), st.integers(1, 4095)), max_size=8))
 def test_any_tokens_come_out_as_they_decode(front, ids):
     before = TOK.encode(front).ids                      # bytes that are no characters, or only half of one, too
