@@ -70,6 +70,13 @@ def test_it_is_the_dequantized_model_but_for_the_rounding_of_activations():
         floats = lambda u, w: u @ decode.rows(w, torch.arange(w.shape[0])).t()                  # no rounding: only the products' order is left
         assert (naive(p, x, multiply=floats) - exact).norm()/exact.norm() < 1e-5
 
+def test_scores_beyond_the_exponentials_of_doubles():
+    m = noisy(s := Shape(vocab=50, dim=16, ff=16, layers=1, heads=1, kv_heads=1, context=24))
+    for w in (m.blocks[0].attn.q.weight, m.blocks[0].attn.k.weight): w.mul_(100)
+    p = PackedLM(s, plan.compress(m, plan.uniform(m, 8, 0)))
+    x = torch.randint(50, (1, 24), generator=torch.Generator().manual_seed(0))
+    assert p(x).isfinite().all() and torch.equal(p(x), naive(p, x))
+
 def slow_text(p, state, prompt, new):
     "Greedy text without a cache, every product from the integers of the low-bit tensors."
     at = {id(p.head): state["embed.weight"]}
