@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 shapes = st.builds(lambda heads, share, half, ff, layers, repeat, post, tied, vocab: Shape(vocab=vocab, dim=2*heads*share*half, ff=ff, layers=layers, heads=heads*share, kv_heads=heads, context=24, repeat=repeat, post_ln=post*layers, tied=tied),
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 11), st.integers(1, 70), st.integers(1, 2), st.integers(1, 2), st.integers(0, 1), st.booleans(), st.integers(1, 40))
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes, st.sampled_from([2, 3, 4, 6, 8]), st.integers(1, 24), st.data())
 def test_cpp_and_torch_agree_to_the_last_bit(s, bits, T, data):
     p, _ = packed(s, bits)
@@ -70,6 +70,13 @@ def test_it_is_the_dequantized_model_but_for_the_rounding_of_activations():
         floats = lambda u, w: u @ decode.rows(w, torch.arange(w.shape[0])).t()                  # no rounding: only the products' order is left
         assert (naive(p, x, multiply=floats) - exact).norm()/exact.norm() < 1e-5
 
+def test_scores_beyond_the_exponentials_of_doubles():
+    m = noisy(s := Shape(vocab=50, dim=16, ff=16, layers=1, heads=1, kv_heads=1, context=24))
+    for w in (m.blocks[0].attn.q.weight, m.blocks[0].attn.k.weight): w.mul_(100)
+    p = PackedLM(s, plan.compress(m, plan.uniform(m, 8, 0)))
+    x = torch.randint(50, (1, 24), generator=torch.Generator().manual_seed(0))
+    assert p(x).isfinite().all() and torch.equal(p(x), naive(p, x))
+
 def slow_text(p, state, prompt, new):
     "Greedy text without a cache, every product from the integers of the low-bit tensors."
     at = {id(p.head): state["embed.weight"]}
@@ -81,7 +88,7 @@ def slow_text(p, state, prompt, new):
 def test_the_text_is_that_of_the_definition():
     m = hf.load(hf.shipped()); state = plan.compress(m, plan.uniform(m, 4, 64)); p = PackedLM(m.shape, state)
     prompt = "def __init__(self"
-    assert prompt + "".join(write(p, TOK, prompt, 8, end=())) == slow_text(p, state, prompt, 8)
+    assert prompt + "".join(write(p, TOK, prompt, 5, end=())) == slow_text(p, state, prompt, 5)
 
 def test_a_seed_decides_and_threads_do_not(shipped):
     say = lambda **how: "".join(write(shipped, TOK, "CHAPTER 12. The", 30, **how))
@@ -106,14 +113,14 @@ def test_a_text_ends_at_its_end(shipped):
 
 # Streaming
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=20))
 def test_pieces_together_are_the_text(text):
     ids = TOK.encode(text).ids
     pieces = list(stream(TOK, ids))
     assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces if "\ufffd" not in text)
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=8), st.lists(st.one_of(st.integers(1, 300), st.integers(1, 4095)), max_size=8))
 def test_any_tokens_come_out_as_they_decode(front, ids):
     before = TOK.encode(front).ids                      # bytes that are no characters, or only half of one, too

@@ -821,6 +821,8 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                             'paretolab/optimizers/contract.py'),
                                                'paretolab.optimizers.contract.Optimizer.__init__': ( 'optimizers/contract.html#optimizer.__init__',
                                                                                                      'paretolab/optimizers/contract.py'),
+                                               'paretolab.optimizers.contract.Optimizer._fit': ( 'optimizers/contract.html#optimizer._fit',
+                                                                                                 'paretolab/optimizers/contract.py'),
                                                'paretolab.optimizers.contract.Optimizer.add_param_group': ( 'optimizers/contract.html#optimizer.add_param_group',
                                                                                                             'paretolab/optimizers/contract.py'),
                                                'paretolab.optimizers.contract.Optimizer.admit': ( 'optimizers/contract.html#optimizer.admit',

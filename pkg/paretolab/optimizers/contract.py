@@ -174,9 +174,17 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
             if named: self.update(g, named)
         return loss
 
+    def _fit(self, g, states):
+        "Saved tensors have the shapes of this group's slots: fused kernels trust them."
+        if type(self.states) is not Whole: return
+        for n,shape,held in zip(g["param_names"], g["shapes"], states):
+            slots = {k: tuple(s) for k,s in self.slots(g["rule"], tuple(shape), g.get("rank")).items()}
+            if odd := [k for k,v in held.items() if k in slots and tuple(v.shape) != slots[k]]: raise ValueError(f"the saved {odd[0]} of {n!r} has the shape {tuple(held[odd[0]].shape)} where {slots[odd[0]]} is needed; make the optimizer as the one that was saved")
+
     def load_state_dict(self, state_dict):
         "Load a saved state; every tensor keeps the type it was saved in."
         _same(self.param_groups, state_dict["param_groups"])
+        for g,saved in zip(self.param_groups, state_dict["param_groups"]): self._fit(g, [state_dict["state"].get(i, {}) for i in saved["params"]])
         super().load_state_dict(state_dict)
         ids, params = ([p for g in groups for p in g["params"]] for groups in (state_dict["param_groups"], self.param_groups))
         for i,p in zip(ids, params):
