@@ -157,3 +157,9 @@ def test_loading_maps_the_file(tmp_path):
 def test_what_save_refuses(tmp_path, tensors, meta, sentence):
     with pytest.raises(ValueError, match=sentence): save(tmp_path / "m", tensors, meta)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_a_width_may_come_as_a_float(bits):
+    codes = torch.randint(2**bits, (3, 13))
+    assert torch.equal(pack_bits(codes, float(bits)), pack_bits(codes, bits))

@@ -8,6 +8,7 @@ __all__ = ['prepare', 'train', 'load', 'measure', 'frontier']
 # %% ../../../nbs/frontier/job.ipynb #95b479ef
 import hashlib, json, math, shutil, sys
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -153,13 +154,16 @@ def load(
 # %% ../../../nbs/frontier/job.ipynb #a50a0c31
 def _ship(model, folder, bits, group, embed_bits, s, text):
     "Write the model at a width; the bytes of its weights on disk."
+    from paretolab.engine.evaluate import windows
     from paretolab.models import hf
     from paretolab.quantizers import lowbit, plan
     shutil.rmtree(folder, ignore_errors=True)
     hf.save(model, folder, text.tokenizer)
     if bits == 16: return (folder/"model.safetensors").stat().st_size
     p = plan.uniform(model, bits, group, s.quantizer, embed_bits)
-    lowbit.save(folder/"lowbit.safetensors", plan.compress(model, p), {"plan": json.dumps(p)})
+    calibrated = getattr(import_module(plan.resolve(s.quantizer).__module__), "compress", None)    # a quantizer that needs text brings its own
+    state = calibrated(model, p, torch.cat(list(windows(text.tokens, s.length, 2).values()))[:,:-1])[0] if calibrated else plan.compress(model, p)
+    lowbit.save(folder/"lowbit.safetensors", state, {"plan": json.dumps(p)})
     (folder/"model.safetensors").unlink()
     return (folder/"lowbit.safetensors").stat().st_size
 

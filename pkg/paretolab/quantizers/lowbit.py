@@ -26,6 +26,7 @@ def pack_bits(
     bits:float, # one of LEVELS
 )->Tensor: # uint8, (rows, bytes)
     "Pack each row of `codes` into bytes: layout `plain`."
+    bits = bits if bits == 1.58 else int(bits)
     B, k = (3, 5) if bits == 1.58 else (2, 8) if 8 % bits else (2**bits, 8//bits)
     d = codes.to(torch.uint8)
     if bits in (3, 6): d = ((d[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(1)   # (rows, columns*bits)
