@@ -4,16 +4,25 @@
 #include <immintrin.h>
 #endif
 
-extern "C" uint64_t read_all(const uint64_t* p, int64_t words, int64_t ahead) { // `ahead`: how far to ask for each line, 0: not at all, -1: for the first line of the next page
-    uint64_t s[32] = {};
-    for (int64_t i = 0; i + 32 <= words; i += 32) {
-        if (ahead < 0 && !(uintptr_t(p + i) & 3840)) __builtin_prefetch((const char*)(p + i) + 4096);
-        if (ahead > 0) for (int j = 0; j < 4; j++) __builtin_prefetch((const char*)(p + i) + ahead + 64 * j);
-        for (int j = 0; j < 32; j++) s[j] += p[i + j];
+// `ahead`: how far to ask for each line; 0: not at all; -1: only for the first line of the next page
+typedef uint64_t Line __attribute__((vector_size(64), aligned(8)));
+
+template <int ahead> static uint64_t walk(const uint64_t* p, int64_t words) {
+    Line s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (const uint64_t* end = p + words; p < end; p += 32) {
+        if (ahead < 0 && !(uintptr_t(p) & 3840)) __builtin_prefetch((const char*)p + 4096);
+        if (ahead > 0) for (int j = 0; j < 4; j++) __builtin_prefetch((const char*)p + ahead + 64 * j);
+        const Line* line = (const Line*)p;
+        s0 += line[0]; s1 += line[1]; s2 += line[2]; s3 += line[3];
     }
+    s0 += s1 + s2 + s3;
     uint64_t sum = 0;
-    for (uint64_t v : s) sum += v;
+    for (int j = 0; j < 8; j++) sum += s0[j];
     return sum;
+}
+
+extern "C" uint64_t read_all(const uint64_t* p, int64_t words, int way) {
+    return (way == 0 ? walk<0> : way == 1 ? walk<-1> : way == 2 ? walk<1024> : way == 3 ? walk<2048> : walk<4096>)(p, words / 32 * 32);
 }
 
 extern "C" int64_t multiply(int64_t rounds) { // products of bytes done, 0 where there is no such instruction

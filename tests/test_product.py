@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from paretolab.kernels import activations, native, product, rows16
-from paretolab.kernels.levels import levels
+from paretolab.kernels.rows16 import levels
 from paretolab.quantizers.lowbit import LowBit
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -70,7 +70,7 @@ def test_c_places_codes_as_defined(m, groups, group, width, seed):
     c = torch.randint(2**width, (m, groups*group), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(torch.nn.functional.pad(c.view(m, groups, group), (0, -group % 32)).flatten(1), (0, 0, 0, -m % 16))
     data = rows16._place(c, width, group)
-    assert torch.equal(data, rows16.place(padded, width)) and torch.equal(rows16.codes_of(data, width), padded)
+    assert torch.equal(data, rows16.place(padded, width)) and torch.equal(rows16._codes_of(data, width), padded)
 
 @pytest.mark.parametrize("change, sentence", [(dict(grid={2: torch.tensor([0, 1, 2.7182818, 4])}), "multiples of one step"), (dict(grid={2: torch.tensor([0., 1, 2, 200])}), "at most 127 steps")])
 def test_grids_without_integers_are_refused(change, sentence):

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['naive', 'fast', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/product.ipynb #12a84a7d
+# %% ../../../nbs/kernels/product.ipynb #1bb8446a
 import ctypes, torch
 from torch import Tensor
 from . import activations, native
-from .levels import levels
-from .rows16 import Packed, codes_of, pack, rows
+from .rows16 import Packed, _codes_of, levels, pack, rows
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
@@ -38,13 +37,13 @@ def _check(x, k):
     if x.device.type != "cpu": raise ValueError(f"this product runs on the processor (got activations on {x.device}); move them with .cpu()")
     if not x.ndim or x.shape[-1] != k: raise ValueError(f"the weights have {k} columns (got activations of shape {tuple(x.shape)})")
 
-# %% ../../../nbs/kernels/product.ipynb #9c835db8
+# %% ../../../nbs/kernels/product.ipynb #8b16c331
 def _plain(x, packed):
     "The product from the packing, in torch."
     (m, k), g, G = packed.shape, packed.group, packed.scales.shape[1]
     a, s = activations.quantize(x.reshape(x.shape[:-1].numel(), k))
     if packed.perm is not None: a = a[:, packed.perm.long()]
-    c = codes_of(packed.data, packed.width)[:m].unflatten(1, (G, -(-g//32)*32))[..., :g]
+    c = _codes_of(packed.data, packed.width)[:m].unflatten(1, (G, -(-g//32)*32))[..., :g]
     ℓ = c.double() if packed.table is None else packed.table[c.int()].double()
     a = a.double().view(len(a), G, g)
     A = a.sum(-1)                                                                             # (M, groups)
