@@ -7,6 +7,7 @@ from paretolab.engine import commits, fit as F
 from paretolab.engine.fit import fit
 from paretolab.engine.schedules import cosine, wsd
 from paretolab.models.mobilellm import MobileLLM, Shape
+from paretolab.optimizers.contract import Optimizer
 from paretolab.optimizers.muon import Muon
 
 torch.set_num_threads(1)
@@ -141,7 +142,8 @@ def test_each_kind_of_state_counts(calm, tmp_path, monkeypatch):
         if what == "rng": monkeypatch.setattr(torch, "set_rng_state", lambda s: None)
         if what == "stream": monkeypatch.setattr(MixedStream, "load_state_dict", lambda self, s: None)
         if what == "hooks": monkeypatch.setattr(Mixer, "load_state_dict", lambda self, s: None)
-        if what == "moments": monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda self, s: None)
+        if what == "moments":
+            for kind in (torch.optim.Optimizer, Optimizer): monkeypatch.setattr(kind, "load_state_dict", lambda self, s: None)
         assert train(run, optimizer, object()) != want, what
         monkeypatch.undo()
 
