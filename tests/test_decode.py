@@ -182,7 +182,8 @@ def test_generate_takes_a_folder_of_the_job(folder, capsys):
 def test_ctrl_c_ends_the_line_and_leaves_with_130(folder):
     run = "import sys, time; from paretolab.models import decode; slow = decode.write\n" \
           "def write(*a): return (time.sleep(0.05) or p for p in slow(*a))\ndecode.write = write\nfrom paretolab.frontier.command import main; sys.exit(main(sys.argv[1:]))"
-    child = subprocess.Popen([sys.executable, "-c", run, "generate", str(folder), "The", "--new", "400", "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    child = subprocess.Popen([sys.executable, "-c", run, "generate", str(folder), "The", "--new", "400", "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))                        # a shell's background jobs ignore Ctrl-C, and so would their children
     first = child.stdout.read(12); child.send_signal(signal.SIGINT)                             # the prompt and at least one piece came while it was writing
     out, err = child.communicate(timeout=240)
     assert child.returncode == 130 and (first + out).startswith(b"The") and out.endswith(b"\n") and b"Traceback" not in err

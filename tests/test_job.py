@@ -170,7 +170,7 @@ def test_the_shipped_checkpoint_is_not_judged_on_what_it_has_seen(small, capsys)
 
 def test_a_job_without_a_measured_point_is_no_success(globs, small, capsys):
     data = [x for d,g in globs.items() for x in ("--data", f"{d}={g}")]
-    assert main(["frontier", *data, "--widths", "7", "--steps", "2", "--warmup", "1", "--batch", "2", "--length", "64", "--threads", "1", "--out", small.out]) == 1
+    assert main(["frontier", *data, "--widths", "1", "--steps", "2", "--warmup", "1", "--batch", "2", "--length", "64", "--threads", "1", "--out", small.out]) == 1
     assert "2 points, 0 measured" in capsys.readouterr().out
 
 
@@ -182,9 +182,9 @@ def test_too_little_text_is_refused(tmp_path, capsys):
 
 def test_the_shipped_recipe_is_the_one_recorded():
     from paretolab.models import hf
-    s, record = preset("tiny"), json.loads((hf.shipped()/"training.json").read_text())
-    assert (record["shape"], record["optimizer"], record["seed"]) == (s.shape, s.optimizer, s.seed)
-    assert record["tokens"] == s.steps*s.batch*s.length
+    first, on, record = preset("tiny"), preset("tiny-on"), json.loads((hf.shipped()/"training.json").read_text())
+    assert on.start == f"{first.out}/model" and (record["shape"], record["optimizer"], record["seed"]) == (on.shape, on.optimizer, on.seed)
+    assert record["tokens"] == sum(s.steps*s.batch*s.length for s in (first, on))
 
 
 def test_domains_need_a_name_and_a_glob():

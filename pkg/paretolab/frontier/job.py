@@ -44,7 +44,8 @@ def _check(s, globs):
     try: Path(s.out).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f"the folder of the results cannot be made: {s.out} ({e.strerror}); choose another --out") from None
     if not (0 <= s.temperature <= 1 and 0 <= s.threads <= 1024 and 0 <= s.seed < 2**63 and s.every >= 0 and s.warmup >= 0): raise ValueError(f"a temperature lies between 0 and 1, threads between 0 and 1024, a seed between 0 and 2**63, `every` and `warmup` are at least 0 (got temperature={s.temperature}, threads={s.threads}, seed={s.seed}, every={s.every}, warmup={s.warmup})")
-    if s.group < 0 or not {*s.widths, s.embed_bits} <= (known := {*LEVELS, 16}): raise ValueError(f"widths and embed_bits are {', '.join(f'{b:g}' for b in sorted(known))}, and a group is at least 0 (got widths={s.widths}, embed_bits={s.embed_bits}, group={s.group})")
+    known = {*LEVELS, 16}
+    if s.group < 0 or not {*s.widths, s.embed_bits} <= known: raise ValueError(f"widths and embed_bits are {', '.join(f'{b:g}' for b in sorted(known))}, and a group is at least 0 (got widths={s.widths}, embed_bits={s.embed_bits}, group={s.group})")
     if s.batch < 1 or s.length < 1 or s.windows < 1 or s.steps < 0: raise ValueError(f"a job needs a batch, a length and windows of at least 1, and no fewer than 0 steps (got batch={s.batch}, length={s.length}, windows={s.windows}, steps={s.steps})")
     if not 0 < s.seconds < math.inf: raise ValueError(f"the training time is a positive number of seconds (got seconds={s.seconds})")
     if len(set(s.widths)) < len(s.widths): raise ValueError(f"widths are different numbers of bits (got widths={s.widths})")

@@ -128,8 +128,7 @@ def _svg(points, references):
     for name,q in f.lines.items(): out += [f'<path class="ref" d="M{x0} {Y(q)}H{x1}"/>', text(x1 + 12, Y(f.labels[name]) + 4, f"{q:.2f} {name}")]
     if f.steps: out.append(f'<path class="stair" d="M{X(f.steps[0][0])} {Y(f.top)}' + "".join(f"H{X(s)}V{Y(q)}" for s,q in f.steps) + '"/>')
     taken = [(X(p.model_bytes), Y(f.q(p.bpb)) + 5) for p in f.points]            # where something stands already
-    def place(x, y):
-        "Below the point, above it, or further off: where nothing stands."
+    def place(x, y):                                                             # below the point, above it, or further off
         return next((at for at in ((x, y + 22), (x, y - 12), (x, y + 36), (x, y - 26)) if all(abs(at[0] - a) > 44 or abs(at[1] - b) > 12 for a,b in taken)), (x, y + 22))
     for i,(label,ps) in enumerate(runs.values()):
         c, x, y = _palette[i % len(_palette)], x0 + 390*(i % 2), 424 + 22*(i//2)
