@@ -26,7 +26,7 @@ struct Packed {
     const uint8_t* tile(int64_t t) const { return data + t * columns() * 2 * width; }
 };
 
-struct Row { const int8_t* a; const int32_t* A; float s; };
+struct Row { const int8_t* a; const int32_t *A, *oA; float s; };
 
 static void round_to(const float* __restrict x, float r, int8_t* __restrict a, int64_t n) {
     for (int64_t j = 0; j < n; j++) a[j] = int8_t(int32_t((x[j] * r + 12582912.f) - 12582912.f)); // adding 1.5 * 2^23 rounds to integers, ties to even
@@ -176,38 +176,72 @@ template <int w0, int w1, bool table> static void one512(const Packed& p, int64_
     }
 }
 
-// Dot products of 32 rows with R activations over `steps` times 4 columns; the sums stay in registers
-template <int R> static inline void dots512(const uint8_t* q0, const uint8_t* q1, const int8_t* a, int64_t steps, __m512i (*out)[2]) {
-    __m512i i[R][2];
-    #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) i[r][0] = i[r][1] = _mm512_setzero_si512();
-    for (int64_t n = 0; n < steps; n++, q0 += 64, q1 += 64, a += 4 * R) {
-        __m512i c0 = _mm512_loadu_si512(q0), c1 = _mm512_loadu_si512(q1);
-        #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            int32_t four; memcpy(&four, a + 4 * r, 4);
-            __m512i v = _mm512_set1_epi32(four);
-            dot(i[r][0], c0, v); dot(i[r][1], c1, v);
+template <int w, int low> static inline void planes512(const uint8_t*& d, __m512i* c) {
+    for (int l = 0; l < w; l++, d += 64) {
+        next_page(d);
+        __m512i v = _mm512_loadu_si512(d);
+        for (int t = 0; t < 8 / w; t++, c++) {
+            __m512i x = _mm512_and_si512(_mm512_srli_epi16(v, w * t), _mm512_set1_epi8(char((1 << w) - 1)));
+            *c = low ? _mm512_or_si512(*c, _mm512_slli_epi16(x, low)) : x;
         }
     }
-    #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) { out[r][0] = i[r][0]; out[r][1] = i[r][1]; }
 }
 
-template <int R> static void strip512(const Packed& p, int64_t tile, int tiles, const uint8_t* q, const int8_t* a, const Row* rows, int64_t M, float* y) {
-    __m512i i[R][2];
-    __m512 f[R][2];
-    for (auto& row : f) row[0] = row[1] = _mm512_setzero_ps();
+static void panel512(const Packed& p, int64_t tile, uint8_t* out) {
+    const uint8_t* d = p.tile(tile);
+    const __m512i T = p.table ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p.table)) : _mm512_setzero_si512();
+    for (int64_t b = 0; b < p.columns() / 32; b++, out += 512) {
+        __m512i c[8];
+        switch (p.width) {
+            case 1: planes512<1, 0>(d, c); break;
+            case 2: planes512<2, 0>(d, c); break;
+            case 3: planes512<2, 0>(d, c); planes512<1, 2>(d, c); break;
+            case 4: planes512<4, 0>(d, c); if (p.table) for (auto& x : c) x = _mm512_shuffle_epi8(T, x); break;
+            case 6: planes512<4, 0>(d, c); planes512<2, 4>(d, c); break;
+            default: planes512<8, 0>(d, c);
+        }
+        for (int i = 0; i < 8; i++) _mm512_storeu_si512(out + 64 * i, _mm512_sll_epi16(c[i], _mm_cvtsi32_si128(p.shift)));
+    }
+}
+
+template <int tiles, bool zeros> static void strip512(const Packed& p, int64_t tile, const uint8_t* q, const Row* rows, int64_t M, float* y) {
+    constexpr int R = 6;
     const int64_t steps = p.blocks() * 8, next = tiles > 1 ? p.columns() * 16 : 0;
-    const int n = M < R ? M : R;
-    for (int64_t g = 0; g < p.groups; g++, q += 64 * steps, a += 4 * R * steps) {
-        dots512<R>(q, q + next, a, steps, i);
+    const int8_t* a[R];
+    __m512 f[R][2];
+    #pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+        a[r] = rows[r].a;
+        f[r][0] = f[r][1] = _mm512_setzero_ps();
+        if (r < M) for (int t = 0; t < tiles; t++) __builtin_prefetch(y + r * p.m + (tile + t) * 16, 1);
+    }
+    for (int64_t g = 0; g < p.groups; g++) {
+        __m512i i[R][2];
+        #pragma GCC unroll 6
+        for (int r = 0; r < R; r++) i[r][0] = i[r][1] = _mm512_set1_epi32(rows[r].oA[g]);
+        for (int64_t n = 4 * g * steps; n < 4 * (g + 1) * steps; n += 4, q += 64) {
+            __m512i c0 = _mm512_loadu_si512(q), c1 = _mm512_loadu_si512(q + next);
+            #pragma GCC unroll 6
+            for (int r = 0; r < R; r++) {
+                int32_t four; memcpy(&four, a[r] + n, 4);
+                __m512i v = _mm512_set1_epi32(four);
+                dot(i[r][0], c0, v); dot(i[r][1], c1, v);
+            }
+        }
+        #pragma GCC unroll 2
         for (int t = 0; t < tiles; t++) {
-            Scale16 scale(p, ((tile + t) * p.groups + g) * 16);
-            for (int r = 0; r < n; r++) f[r][t] = scale.add(i[r][t], rows[r].A[g], f[r][t]);
+            int64_t at = ((tile + t) * p.groups + g) * 16;
+            __m512 s = value16(p.scales, p.kind, at);
+            #pragma GCC unroll 6
+            for (int r = 0; r < R; r++) f[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i[r][t]), s, f[r][t]);
+            if (!zeros) continue;
+            s = value16(p.zeros, p.kind, at);
+            #pragma GCC unroll 6
+            for (int r = 0; r < R; r++) f[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(float(rows[r].A[g])), s, f[r][t]);
         }
     }
-    for (int r = 0; r < n; r++, y += p.m) for (int t = 0; t < tiles; t++) store16(p, tile + t, f[r][t], rows[r].s, y);
+    #pragma GCC unroll 6
+    for (int r = 0; r < R; r++) if (r < M) for (int t = 0; t < tiles; t++) store16(p, tile + t, f[r][t], rows[r].s, y + r * p.m);
 }
 #pragma GCC pop_options
 
@@ -309,17 +343,17 @@ static void table256(const Packed& p, int64_t tile, const Row* rows, int64_t M, 
 }
 
 // Dot products of 16 rows with R activations over 32 columns, in 16 bits: `part` 0 and 1 are the halves of bytes above 15
-template <int R, bool wide> static inline void dots256(const uint8_t* q, const int8_t* a, int part, __m256i (*out)[2]) {
+template <int R, bool wide> static inline void dots256(const uint8_t* q, const Row* rows, int64_t column, int part, __m256i (*out)[2]) {
     __m256i s[R][2];
     #pragma GCC unroll 4
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
-    for (int n = 0; n < 8; n++, q += 64, a += 4 * R) {
+    for (int n = 0; n < 8; n++, q += 64, column += 4) {
         __m256i c0 = _mm256_loadu_si256((const __m256i*)q), c1 = _mm256_loadu_si256((const __m256i*)q + 1);
         if (wide && part) { c0 = _mm256_srli_epi16(c0, 4); c1 = _mm256_srli_epi16(c1, 4); }
         if (wide) { c0 = _mm256_and_si256(c0, _mm256_set1_epi8(15)); c1 = _mm256_and_si256(c1, _mm256_set1_epi8(15)); }
         #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            int32_t four; memcpy(&four, a + 4 * r, 4);
+            int32_t four; memcpy(&four, rows[r].a + column, 4);
             __m256i v = _mm256_set1_epi32(four);
             s[r][0] = _mm256_add_epi16(s[r][0], _mm256_maddubs_epi16(c0, v));
             s[r][1] = _mm256_add_epi16(s[r][1], _mm256_maddubs_epi16(c1, v));
@@ -330,14 +364,15 @@ template <int R, bool wide> static inline void dots256(const uint8_t* q, const i
     for (int r = 0; r < R; r++) for (int h = 0; h < 2; h++) out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(s[r][h], weight));
 }
 
-template <int R, bool wide> static void strip256(const Packed& p, int64_t tile, const uint8_t* q, const int8_t* a, const Row* rows, int64_t M, float* y) {
+template <int R, bool wide> static void strip256(const Packed& p, int64_t tile, const uint8_t* q, const Row* rows, int64_t M, float* y) {
     __m256 f[R][2];
     for (auto& row : f) row[0] = row[1] = _mm256_setzero_ps();
     const int n = M < R ? M : R;
+    int64_t column = 0;
     for (int64_t g = 0; g < p.groups; g++) {
         __m256i i[R][2];
         for (auto& row : i) row[0] = row[1] = _mm256_setzero_si256();
-        for (int64_t b = 0; b < p.blocks(); b++, q += 512, a += 32 * R) for (int part = 0; part <= wide; part++) dots256<R, wide>(q, a, part, i);
+        for (int64_t b = 0; b < p.blocks(); b++, q += 512, column += 32) for (int part = 0; part <= wide; part++) dots256<R, wide>(q, rows, column, part, i);
         for (int h = 0; h < 2; h++) {
             Scale8 scale(p, (tile * p.groups + g) * 16 + 8 * h);
             for (int r = 0; r < n; r++) f[r][h] = scale.add(i[r][h], rows[r].A[g], f[r][h]);
@@ -411,30 +446,21 @@ static Gemv gemv(const Packed& p, int path) {
 
 extern "C" void product(const Packed* packed, const float* x, float* y, int64_t M, int threads, int path) {
     const Packed& p = *packed;
-    const int64_t K = p.columns(), few = 3, strip = path == 2 ? 12 : 4;
-    bool many = path > 0 && M > few;
-    static thread_local std::vector<int8_t> a, strips;
-    static thread_local std::vector<int32_t> A;
+    const int64_t K = p.columns(), few = 3, R = path == 2 ? 6 : 4;
+    const bool many = path > 0 && M > few && (path == 1 || p.width < 8 || !p.shift);
+    static thread_local std::vector<int8_t> a;
+    static thread_local std::vector<int32_t> sums;
     static thread_local std::vector<float> moved;
     static thread_local std::vector<Row> rows;
-    a.resize(M * K); A.resize(M * p.groups); rows.resize(M); moved.resize(p.perm ? p.k : 0);
+    a.resize(M * K); sums.resize(2 * M * p.groups); rows.resize(M + R - 1); moved.resize(p.perm ? p.k : 0);
     for (int64_t r = 0; r < M; r++) {
-        rows[r] = {a.data() + r * K, A.data() + r * p.groups, 0};
-        quantize(x + r * p.k, p, a.data() + r * K, A.data() + r * p.groups, &rows[r].s, moved.data());
+        int32_t *A = sums.data() + 2 * r * p.groups, *oA = A + p.groups;
+        rows[r] = {a.data() + r * K, A, oA, 0};
+        quantize(x + r * p.k, p, a.data() + r * K, A, &rows[r].s, moved.data());
+        for (int64_t g = 0; g < p.groups; g++) oA[g] = int32_t(uint32_t(p.offset) * uint32_t(A[g]));
     }
-    std::vector<int64_t> at, size;                          // strips of activations: first row and number of rows, a multiple of 4
-    if (many) {
-        for (int64_t r = 0; r < M; r += size.back()) { at.push_back(r); size.push_back(M - r >= strip ? strip : 4); }
-        strips.resize((M + 4) * K);
-        memset(strips.data() + M * K, 0, 4 * K);
-        for (size_t s = 0; s < at.size(); s++) for (int64_t r = 0; r < size[s] && at[s] + r < M; r++) {
-            const int8_t* from = rows[at[s] + r].a;
-            int8_t* to = strips.data() + at[s] * K + 4 * r;
-            for (int64_t n = 0; n < K; n += 4, to += 4 * size[s]) memcpy(to, from + n, 4);
-        }
-    }
-    const Row* R = rows.data();
-    const int8_t* S = strips.data();
+    if (many) for (int64_t r = M; r < M + R - 1; r++) rows[r] = rows[M - 1]; // the last strip of R activations is filled up, and not stored
+    const Row* row = rows.data();
     Gemv f = gemv(p, path);
     std::atomic<int64_t> next{0};
     const int64_t T = p.tiles(), pair = many && path == 2 ? 2 : 1, chunk = pair * (threads > 1 ? (T / pair / (8 * threads) + 1) : T);
@@ -442,18 +468,13 @@ extern "C" void product(const Packed* packed, const float* x, float* y, int64_t 
         static thread_local std::vector<uint8_t> scratch;
         if (many || path == 0) scratch.resize(pair * K * 16);
         for (int64_t t0; (t0 = next.fetch_add(chunk)) < T;) for (int64_t t = t0; t < T && t < t0 + chunk; t += pair) {
-            if (!many) { f(p, t, R, M, y, scratch.data()); continue; }
+            if (!many) { f(p, t, row, M, y, scratch.data()); continue; }
 #if defined(__x86_64__)
-            int64_t n = T - t < pair ? T - t : pair;
-            for (int64_t e = 0; e < n; e++) panel(p, t + e, scratch.data() + e * K * 16);
-            const int8_t* s = S;
-            for (size_t i = 0; i < at.size(); s += size[i] * K, i++) {
-                const Row* r = R + at[i];
-                float* to = y + at[i] * p.m;
-                if (path == 2 && size[i] == 12) strip512<12>(p, t, n, scratch.data(), s, r, M - at[i], to);
-                else if (path == 2) strip512<4>(p, t, n, scratch.data(), s, r, M - at[i], to);
-                else if (p.width > 4 || p.table) strip256<4, true>(p, t, scratch.data(), s, r, M - at[i], to);
-                else strip256<4, false>(p, t, scratch.data(), s, r, M - at[i], to);
+            const bool two = pair == 2 && t + 1 < T;
+            for (int e = 0; e <= two; e++) (path == 2 ? panel512 : panel)(p, t + e, scratch.data() + e * K * 16);
+            for (int64_t r = 0; r < M; r += R) {
+                if (path == 2) (p.zeros ? two ? strip512<2, true> : strip512<1, true> : two ? strip512<2, false> : strip512<1, false>)(p, t, scratch.data(), row + r, M - r, y + r * p.m);
+                else (p.width > 4 || p.table ? strip256<4, true> : strip256<4, false>)(p, t, scratch.data(), row + r, M - r, y + r * p.m);
             }
 #endif
         }
