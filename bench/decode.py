@@ -18,7 +18,7 @@ from paretolab.quantizers import plan
 from paretolab.quantizers.lowbit import LowBit
 
 torch.set_num_threads(1); torch.set_grad_enabled(False)
-PROMPT, NEW, ROUNDS = 32, 64, int(sys.argv[1]) if len(sys.argv) > 1 else 7
+PROMPT, NEW, ROUNDS = 32, 64, int(sys.argv[1]) if len(sys.argv) > 1 else 15
 
 # The peer's formats for which our low-bit tensor can hold the very same weights: bits, group, grid, and codes (blocks, group) as bytes
 

@@ -291,6 +291,14 @@ def test_under_the_address_sanitizer(tmp_path, record_property):
                     ys = [product._run(torch.randn(M, k, generator=torch.Generator().manual_seed(M)), p, path, threads) for path in range(native.load('product.cpp').best_path() + 1) for threads in (1, 3)]
                     assert all(torch.equal(y, ys[0]) for y in ys)
                     n += len(ys)
+    import test_decode as d
+    for heads, kv, half, ff, T, bits in [(1, 1, 1, 1, 1, 2), (6, 2, 5, 31, 23, 4), (3, 3, 8, 40, 9, 3)]:
+        s = d.Shape(vocab=13, dim=2*heads*half, ff=ff, layers=2, heads=heads, kv_heads=kv, context=T)
+        with torch.no_grad():
+            p, x = d.packed(s, bits)[0], torch.arange(T)[None] % 13
+            cache = d.Cache(s, 1, T)
+            assert torch.equal(torch.cat([p(x[:, i:i + 1], cache) for i in range(T)], 1), p(x)) and torch.equal(p(x), d.naive(p, x))
+            n += 2*T
     print(n)"""
     import os
     env = os.environ | dict(CXX=str(wrapper), PARETOLAB_CACHE=str(tmp_path/"cache"), LD_PRELOAD=libasan, ASAN_OPTIONS="detect_leaks=0:abort_on_error=0")

@@ -73,28 +73,34 @@ static double dot(const double* a, const double* b, int64_t n) {
     return total;
 }
 
-static void attend(const float* query, const float* k, const float* v, int64_t S, int64_t n, int64_t group, double* scratch, float* y) {
-    const int64_t room = (S + 7) / 8 * 8;
+static inline void fetch(const float* x, int64_t n) { for (int64_t j = 0; j < n; j += 16) __builtin_prefetch(x + j); }
+
+static void attend(const float* query, const float* k, const float* v, int64_t S, int64_t n, int64_t group, int64_t room, double* scratch, float* y) {
+    const int64_t padded = (S + 7) / 8 * 8;
     const double scale = 1 / std::sqrt(double(n));
-    double *p = scratch, *q = p + group * room, *sums = q + group * n, *__restrict row = sums + group * n;
+    double *p = scratch, *q = p + group * padded, *sums = q + group * n, *__restrict row = sums + group * n;
     for (int64_t j = 0; j < group * n; j++) { q[j] = query[j]; sums[j] = 0; }
     for (int64_t s = 0; s < S; s++) {
+        fetch(k + (s + 8) * n, n); fetch(v + s * n, n);                  // keys soon needed, and values
         for (int64_t j = 0; j < n; j++) row[j] = k[s * n + j];
-        for (int64_t h = 0; h < group; h++) p[h * room + s] = dot(q + h * n, row, n) * scale;
+        for (int64_t h = 0; h < group; h++) p[h * padded + s] = dot(q + h * n, row, n) * scale;
     }
     for (int64_t h = 0; h < group; h++) {
-        double *of = p + h * room, most = *std::max_element(of, of + S), total = 0;
+        double *of = p + h * padded, most = *std::max_element(of, of + S), total = 0;
         for (int64_t s = 0; s < S; s++) of[s] -= most;
-        exponentials(of, of, room);
+        exponentials(of, of, padded);
         for (int64_t s = 0; s < S; s++) total += of[s];
         for (int64_t s = 0; s < S; s++) of[s] /= total;
     }
-    for (int64_t s = 0; s < S; s++) {
-        for (int64_t j = 0; j < n; j++) row[j] = v[s * n + j];
+    for (int64_t s = 0; s < S; s += 4) {
+        const int64_t some = std::min<int64_t>(4, S - s);
+        fetch(k + (room + s) * n, some * n);                             // keys of the next head
         for (int64_t h = 0; h < group; h++) {
-            const double weight = p[h * room + s];
+            const double* w = p + h * padded + s;
+            const float* __restrict of = v + s * n;
             double* __restrict to = sums + h * n;
-            for (int64_t j = 0; j < n; j++) to[j] += weight * row[j];
+            if (some == 4) for (int64_t j = 0; j < n; j++) to[j] += (w[0] * of[j] + w[1] * of[j + n]) + (w[2] * of[j + 2 * n] + w[3] * of[j + 3 * n]);
+            else for (int64_t r = 0; r < some; r++, of += n) for (int64_t j = 0; j < n; j++) to[j] += w[r] * of[j];
         }
     }
     for (int64_t j = 0; j < group * n; j++) y[j] = float(sums[j]);
@@ -127,7 +133,7 @@ extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, in
         }
         for (int64_t t = 0; t < T; t++) for (int64_t h = 0; h < m.kv_heads; h++) {
             const int64_t from = (c * m.kv_heads + h) * room * n, to = t * d + h * group * n;
-            attend(a.data() + to, K + from, V + from, past + t + 1, n, group, scratch.data(), u.data() + to);
+            attend(a.data() + to, K + from, V + from, past + t + 1, n, group, room, scratch.data(), u.data() + to);
         }
         times(block.o, u, y.data(), T);
         add();
