@@ -13,16 +13,20 @@ def matrix(bits, N, C, group, grid, scales, zeros, device):
     return q, LowBit(tuple(p.to(device) for p in q.packed), q.scales.to(device), tuple(p.to(device) for p in q.grid), q.shape, q.bits, q.group, None if q.zeros is None else q.zeros.to(device))
 
 def product(module, device, bits, M, N, C, group, grid, scales, zeros, dtype):
-    "Within the bound of the page."
+    "Values and gradients within the bound of the page."
     torch.manual_seed(N)
     q, there = matrix(bits, N, C, group, grid, scales, zeros, device)
-    x = torch.randn(M, C).to(dtype)
-    y = module.fast(x.to(device), there).cpu()
+    x, dy = torch.randn(M, C).to(dtype), torch.randn(M, N).to(dtype)
+    on_device = x.clone().to(device).requires_grad_()
+    y = module.fast(on_device, there)
+    y.backward(dy.to(device))
     ŵ, eps = q.dequantize(torch.float64), torch.finfo(dtype).eps
     u, η = (0, 0) if dtype == torch.float32 else (eps/2, 2**-25 if dtype == torch.float16 else 0)
     size = ŵ.abs() + (0 if q.zeros is None else 2*q.zeros.double().abs().repeat_interleave(q.group, 1))
-    limit = (u + (C + 5)*2**-24)*(x.double().abs() @ size.T) + C*η*x.double().abs().max() + (u + 2**-24)*(x.double() @ ŵ.T).abs()
-    assert y.dtype == dtype and y.shape == (M, N) and ((y.double() - x.double() @ ŵ.T).abs() <= limit + 1e-30).all()
+    for got, a, w, s in ((y.detach().cpu(), x, ŵ.T, size.T), (on_device.grad.cpu(), dy, ŵ, size)):
+        n, a = len(w), a.double()
+        limit = (u + (n + 5)*2**-24)*(a.abs() @ s) + n*η*a.abs().max() + (u + 2**-24)*(a @ w).abs()
+        assert got.dtype == dtype and got.shape == (M, w.shape[1]) and ((got.double() - a @ w).abs() <= limit + 1e-30).all()
 
 def exact_product(module, device, bits):
     "Integers are not rounded at all."

@@ -144,7 +144,8 @@ def test_apollo_in_16_bits(dtype, tolerance):
 
 MUTANTS = [("dequant", "word >> BITS*p", "word >> BITS"), ("dequant", "word // 3**p", "word // 3"), ("dequant", "<< 8*i", "<< 7*i"), ("dequant", "+ j//GROUP", "+ p"), ("dequant", "bits << 23", "bits << 22"),
     ("dequant", "to(tl.float32)*256", "to(tl.float32)*128"), ("dequant", "if ZEROS: v +=", "if ZEROS: v -="), ("dequant", "Q0 + δ*c", "Q0 + δ*(c+1)"), ("dequant", "for i in tl.static_range(1, P)", "for i in tl.static_range(2, P)"),
-    ("dequant", "(m[:, None] < M) & (n[None, :] < N))", "(m[:, None] < M))"), ("hadamard", "s ^= s >> 4", "s ^= s >> 3"), ("hadamard", "_right(tl.trans(v), _signs(a), MID)", "_right(tl.trans(v), _signs(a), 1)"),
+    ("dequant", "(m[:, None] < M) & (n[None, :] < N))", "(m[:, None] < M))"), ("dequant", "(p == 2, 9,", "(p == 2, 8,"), ("dequant", "+ j[None, :]//GROUP", "+ p//GROUP"), ("dequant", "tl.program_id(1)*BU + tl.arange(0, BU), tl.program_id(2)\n    j = u*U + p", "tl.program_id(1)*BU + tl.arange(0, BU), tl.program_id(2)\n    j = u*U"),
+    ("dequant", "mask=(m[:, None] < M) & (j < C)[None, :]", "mask=(m[:, None] < M)"), ("hadamard", "s ^= s >> 4", "s ^= s >> 3"), ("hadamard", "_right(tl.trans(v), _signs(a), MID)", "_right(tl.trans(v), _signs(a), 1)"),
     ("hadamard", "tl.static_range(1, PARTS)", "tl.static_range(2, PARTS)"), ("hadamard", "mask=r < R)\n", "mask=r < R + 1)\n"), ("mxfp4", "(a >= 0.75)", "(a > 0.75)"), ("mxfp4", "(a > 5.0)", "(a >= 5.0)"), ("mxfp4", "top - 2", "top - 1"),
     ("mxfp4", "even | odd << 4", "odd | even << 4"), ("mxfp4", "mask=g < groups)", "mask=g <= groups)"), ("states", "β1*old + fresh1*grad", "β2*old + fresh1*grad"), ("states", "keep*v", "v"), ("states", "if INT: new = (new + 12582912.0) - 12582912.0", "pass"),
     ("states", "tl.abs(new)", "new"), ("states", "- (c < 0)", "- (c <= 0)"), ("s2_attention", "(u <= t)", "(u < t + 2)"), ("s2_attention", "acc*fade[:, None]", "acc"), ("s2_attention", "for j in range(h, first, STRIDE): acc, μ", "for j in range(0, first, STRIDE): acc, μ"),
@@ -170,7 +171,7 @@ def test_a_broken_kernel_is_seen(name, old, new, tmp_path, monkeypatch):
 
 SNAPSHOT = json.loads(triton_snapshot.SNAPSHOT.read_text())
 JOBS = triton_snapshot.jobs()
-FEW = {"dequant._product | 2 bits, row, decode", "dequant._product | 3 bits, group, prefill", "s2_attention._forward | D=64, B=64", "states._lion | float32, int8"}
+FEW = {"dequant._product | 2 bits, row, decode", "dequant._product | 3 bits, group, prefill", "dequant._gradient | 4 bits, zeros, prefill", "s2_attention._forward | D=64, B=64", "states._lion | float32, int8"}
 
 def compare(jobs):
     for (case, target), now in zip(jobs, aot.reports(jobs)):

@@ -69,7 +69,29 @@ def _product(x, w, grid, scales, zeros, y, M, N, C, units, row, Q0, δ, U: tl.co
     if not GROUP: acc *= _scale(tl.load(scales + n, mask=n < N, other=0), KIND)[None, :]
     tl.store(y + m[:, None].to(tl.int64)*N + n[None, :], acc.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
-# %% ../../../nbs/kernels/dequant.ipynb #6ddbfcbd
+# %% ../../../nbs/kernels/dequant.ipynb #08c56b06
+@triton.jit
+def _gradient(dy, w, grid, scales, zeros, dx, M, N, C, units, row, Q0, δ, U: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
+              GROUP: tl.constexpr, EVEN: tl.constexpr, ZEROS: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr):
+    m, u, p = tl.program_id(0)*BM + tl.arange(0, BM), tl.program_id(1)*BU + tl.arange(0, BU), tl.program_id(2)
+    j = u*U + p
+    acc = tl.zeros((BM, BU), tl.float32)
+    for first in range(0, N, BN):
+        n = first + tl.arange(0, BN)
+        inside, at = (n[:, None] < N) & (j < C)[None, :], w + n[:, None].to(tl.int64)*row + u[None, :]*P
+        word = tl.load(at, mask=inside, other=0).to(tl.int32)
+        for i in tl.static_range(1, P): word |= tl.load(at + i, mask=inside & (u[None, :]*P + i < row), other=0).to(tl.int32) << 8*i
+        if BITS == 1.58: c = word // tl.where(p == 0, 1, tl.where(p == 1, 3, tl.where(p == 2, 9, tl.where(p == 3, 27, 81)))) % 3
+        else: c = (word >> BITS*p) & (2**BITS - 1)
+        v = Q0 + δ*c.to(tl.float32) if EVEN else tl.load(grid + c, mask=c < LEVELS, other=0.0)
+        k = n[:, None].to(tl.int64)*tl.cdiv(C, GROUP) + j[None, :]//GROUP
+        v *= _scale(tl.load(scales + k, mask=inside, other=0), KIND)
+        if ZEROS: v += tl.load(zeros + k, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(dy + m[:, None].to(tl.int64)*N + n[None, :], mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)
+        acc = tl.dot(a, v.to(a.dtype), acc, input_precision="ieee")
+    tl.store(dx + m[:, None].to(tl.int64)*C + j[None, :], acc.to(dx.dtype.element_ty), mask=(m[:, None] < M) & (j < C)[None, :])
+
+# %% ../../../nbs/kernels/dequant.ipynb #56b92d2d
 def _tiles(bits, M):
     "Rows, columns, units of a tile, warps and stages: for decoding up to 16 rows, and for prefill."
     U, P = _unit[bits]
@@ -77,44 +99,70 @@ def _tiles(bits, M):
 
 _kinds = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
-def _run(x, packed, grid, scales, zeros, bits, group):
-    "One width: (M, C) activations, whole rows of codes."
-    (M, C), (N, row), (U, P) = x.shape, packed.shape, _unit[bits]
-    y, kind = torch.empty(M, N, dtype=torch.float32, device=x.device), _kinds.get(scales.dtype, "float")
+def _arguments(M, C, packed, grid, scales, zeros, bits, group):
+    "What both kernels are told of one width: tensors, numbers, constants."
+    (N, row), (U, P), kind = packed.shape, _unit[bits], _kinds.get(scales.dtype, "float")
     δ = float(grid[1] - grid[0]) if len(grid) > 1 else 0.0
     even = torch.equal(grid, grid[0] + δ*torch.arange(len(grid), device=grid.device))
-    tiles = _tiles(bits, M)
-    args = _by_place(x, bits), packed.contiguous(), grid, (scales.view(torch.uint8) if kind != "float" else scales).contiguous(), grid if zeros is None else zeros.contiguous()
-    _product[triton.cdiv(M, tiles["BM"]), triton.cdiv(N, tiles["BN"])](*args, y, M, N, C, -(-C//U), row, float(grid[0]), δ, U=U, P=P, BITS=bits,
-        LEVELS=len(grid), GROUP=0 if group == C and zeros is None else group, EVEN=even, ZEROS=zeros is not None, KIND=kind, **tiles)
+    tensors = packed.contiguous(), grid, (scales.view(torch.uint8) if kind != "float" else scales).contiguous(), grid if zeros is None else zeros.contiguous()
+    return tensors, (M, N, C, -(-C//U), row, float(grid[0]), δ), dict(U=U, P=P, BITS=bits, LEVELS=len(grid), GROUP=group, EVEN=even, ZEROS=zeros is not None, KIND=kind, **_tiles(bits, M))
+
+def _run(x, packed, grid, scales, zeros, bits, group):
+    "One width: (M, C) activations, whole rows of codes."
+    (M, C), N = x.shape, len(packed)
+    tensors, numbers, fixed = _arguments(M, C, packed, grid, scales, zeros, bits, 0 if group == x.shape[1] and zeros is None else group)
+    y = torch.empty(M, N, dtype=torch.float32, device=x.device)
+    _product[triton.cdiv(M, fixed["BM"]), triton.cdiv(N, fixed["BN"])](_by_place(x, bits), *tensors, y, *numbers, **fixed)
     return y
 
-# %% ../../../nbs/kernels/dequant.ipynb #82921d6b
+def _run_back(dy, C, packed, grid, scales, zeros, bits, group):
+    "The gradient of `_run`: (M, N) to (M, C)."
+    M = len(dy)
+    tensors, numbers, fixed = _arguments(M, C, packed, grid, scales, zeros, bits, group)
+    dx = torch.empty(M, C, dtype=torch.float32, device=dy.device)
+    _gradient[triton.cdiv(M, fixed["BM"]), triton.cdiv(numbers[3], fixed["BU"]), fixed["U"]](dy.contiguous(), *tensors, dx, *numbers, **fixed)
+    return dx
+
+# %% ../../../nbs/kernels/dequant.ipynb #9fc8b924
+def _parts(q):
+    "Its widths: columns of each, or None for all, and what the kernels need."
+    if not isinstance(q.bits, tuple): return [(None, (q.packed[0], q.grid[0], q.scales, q.zeros, q.bits, q.group))]
+    bits = torch.tensor(q.bits, device=q.scales.device)
+    return [((bits == b).repeat_interleave(q.group), (packed, grid, q.scales[:, bits == b], None if q.zeros is None else q.zeros[:, bits == b], b, q.group)) for b, packed, grid in zip(sorted(set(q.bits)), q.packed, q.grid)]
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, q):
+        ctx.q = q
+        if q.perm is not None: x = x[:, q.perm.long()]
+        return sum(_run(x if mine is None else x[:, mine], *part) for mine, part in _parts(q)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, dx = ctx.q, dy.new_zeros(len(dy), ctx.q.shape[1])
+        for mine, part in _parts(q): dx[:, slice(None) if mine is None else mine] = _run_back(dy, q.shape[1] if mine is None else int(mine.sum()), *part).to(dy.dtype)
+        return dx if q.perm is None else dx[:, q.perm.argsort()], None
+
+# %% ../../../nbs/kernels/dequant.ipynb #78b09c59
 def fast(
     x:Tensor, # (M, C), float16, bfloat16 or float32
     q:LowBit, # (N, C), on the device of x
 )->Tensor: # y, (M, N), type of x
-    "Multiply by packed codes."
+    "Multiply by packed codes; gradients reach x."
     if x.ndim != 2 or x.shape[1] != q.shape[1]: raise ValueError(f"x has rows of {q.shape[1]} numbers, the columns of the matrix (got shape {tuple(x.shape)})")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32): raise TypeError(f"x is float16, bfloat16 or float32 (got {x.dtype})")
     ready(x)
-    if 0 in (*x.shape, q.shape[0]): return x.new_zeros(len(x), q.shape[0])
-    if q.perm is not None: x = x[:, q.perm.long()]
-    if not isinstance(q.bits, tuple): return _run(x, q.packed[0], q.grid[0], q.scales, q.zeros, q.bits, q.group).to(x.dtype)
-    y, bits = 0, torch.tensor(q.bits, device=x.device)
-    for b, packed, grid in zip(sorted(set(q.bits)), q.packed, q.grid):
-        mine = bits == b
-        y = y + _run(x[:, mine.repeat_interleave(q.group)], packed, grid, q.scales[:, mine], None if q.zeros is None else q.zeros[:, mine], b, q.group)
-    return y.to(x.dtype)
+    return _Function.apply(x, q) if 0 not in (*x.shape, q.shape[0]) else x.sum()*0 + x.new_zeros(len(x), q.shape[0])
 
-# %% ../../../nbs/kernels/dequant.ipynb #641bd78d
-def _case(bits, variant, M):
-    t, tiles = dict(zip(("x", "w", "grid", "scales", "zeros", "y"), ("*bf16", "*u8", "*fp32", "*fp16", "*fp16", "*fp32"))), _tiles(bits, M)
+# %% ../../../nbs/kernels/dequant.ipynb #2398d000
+def _case(bits, variant, M, back=False):
+    t, tiles = dict(zip(("dy" if back else "x", "w", "grid", "scales", "zeros", "dx" if back else "y"), ("*bf16", "*u8", "*fp32", "*fp16", "*fp16", "*fp32"))), _tiles(bits, M)
     if variant in ("e8m0", "e4m3"): t["scales"] = "*u8"
     U, P = _unit[bits]
     fixed = dict(U=U, P=P, BITS=bits, LEVELS=3 if bits == 1.58 else 2**bits, GROUP=0 if variant == "row" else 128, EVEN=variant != "table",
         ZEROS=variant == "zeros", KIND=variant if variant in ("e8m0", "e4m3") else "float", **{k: v for k, v in tiles.items() if not k.startswith("num_")})
-    return Case(f"{bits:g} bits, {variant}, {'decode' if M == 1 else 'prefill'}", _product, t | dict.fromkeys(("M", "N", "C", "units", "row"), "i32") | dict.fromkeys(("Q0", "δ"), "fp32"),
+    return Case(f"{bits:g} bits, {variant}, {'decode' if M == 1 else 'prefill'}", _gradient if back else _product, t | dict.fromkeys(("M", "N", "C", "units", "row"), "i32") | dict.fromkeys(("Q0", "δ"), "fp32"),
         fixed, dot=True, num_warps=4, num_stages=2, aligned=("N", "C", "units", "row"))
 
 cases = [_case(b, v, M) for b in _unit for v in ("row", "group", "table") for M in (1, 256)] + [_case(4, v, M) for v in ("e8m0", "e4m3", "zeros") for M in (1, 256)]
+cases += [_case(b, "group", 256, True) for b in _unit] + [_case(4, v, 256, True) for v in ("table", "e8m0", "e4m3", "zeros")]
