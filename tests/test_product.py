@@ -63,6 +63,9 @@ def test_scales_are_exact_in_the_packing(scales):
     assert torch.equal(product.rows(product.pack(q), torch.arange(len(s)))[:, 0], s.float())
     x = torch.full((1, 1), 127.)
     assert torch.equal(product._run(x, product.pack(q), path=0)[0], 127*s.float())
+    z = torch.cat([s, -s])[:, None]
+    p = product.pack(LowBit.pack(torch.zeros(len(z), 1, dtype=torch.int), torch.ones_like(z), torch.arange(2.), 1, 0, z))
+    for path in PATHS: assert torch.equal(product._run(x, p, path)[0], 127*z[:, 0].float()), path
 
 @given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 20, 32, 64, 96]), st.sampled_from(list(rows16._PIECES)), st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
@@ -309,8 +312,8 @@ def test_under_the_address_sanitizer(tmp_path, record_property):
 
 # ---- broken on purpose: the tests must see it
 
-MUTANTS = [("product", "x[j] * r + 12582912.f) - 12582912.f", "x[j] * r + 12582912.5f) - 12582912.f"), ("product", "most >= 0x1p-100f", "most >= 0x1p-1f"), ("product", "memset(a + p.group, 0, pad - p.group);", "memset(a + p.group, 1, pad - p.group);"),
-    ("product", "planes<2, 0>, 2); lines(planes<1, 2>, 1)", "planes<2, 0>, 2); lines(planes<1, 1>, 1)"), ("product", "h >> 15 ? -f : f", "f"), ("product", "uint32_t n = (i << p.shift)", "uint32_t n = i"), ("product", "_mm512_srai_epi32(row[t], w * t)", "_mm512_srai_epi32(row[t], w * t + 1)"),
+MUTANTS = [("product", "x[j] * r + 12582912.f) - 12582912.f", "x[j] * r + 12582913.f) - 12582912.f"), ("product", "most >= 0x1p-100f", "most >= 0x1p-1f"), ("product", "memset(a + p.group, 0, pad - p.group);", "memset(a + p.group, 1, pad - p.group);"),
+    ("product", "planes<2, 0>, 2); lines(planes<1, 2>, 1)", "planes<2, 0>, 2); lines(planes<1, 1>, 1)"), ("product", "h >> 15 ? -f : f", "f"), ("product", "n = (i << p.shift)", "n = i"), ("product", "_mm512_srai_epi32(row[t], w * t)", "_mm512_srai_epi32(row[t], w * t + 1)"),
     ("product", "_mm512_slli_epi32(total<w1, false>(s1), w0)", "total<w1, false>(s1)"), ("product", "for (auto& x : c) x = _mm512_shuffle_epi8(T, x)", ";"), ("product", "_mm512_sll_epi16(c[i], _mm_cvtsi32_si128(p.shift))", "c[i]"),
     ("product", "_mm512_set1_epi32(rows[r].oA[g])", "_mm512_set1_epi32(rows[r].A[g])"), ("product", "if (!zeros) continue;", "continue;"), ("product", "_mm512_set1_ps(float(rows[r].A[g]))", "_mm512_set1_ps(float(rows[0].A[g]))"), ("product", "n < 4 * (g + 1) * steps", "n < 4 * (g + 1) * steps - 4"),
     ("product", "blocks = w == 1 ? 8 : w == 2 ? 2 : 1;", "blocks = w == 1 ? 8 : w == 2 ? 16 : 1;"), ("product", "_mm256_set1_epi16(part ? 16 : 1)", "_mm256_set1_epi16(1)"), ("product", "p.m - row < 8 ? p.m - row : 8", "8"), ("product", "left < 16 ? (1 << left) - 1 : 0xffff", "0xffff"),
