@@ -13,12 +13,12 @@ from paretolab.mixers.curricula import Conditioned, Stages, conditioned, replay
 from paretolab.mixers.objectives import UL2, Objective, denoise, meap
 from paretolab.mixers.spans import documents
 
-OLD, NEW, FIRST, SECOND, STEPS = ("fiction", "government", "legal", "scripture"), "code", 300, 150, 300
+OLD, NEW, FIRST, SECOND, STEPS = ("fiction", "government", "legal", "scripture"), "code", 150, 80, 150
 
 def going_on(seed):
     "One first stage, and from it every share of replay with and without warming again."
     train, valid, β = small.files(); text = {d: train[d] for d in (*OLD, NEW)}; held = {d: valid[d] for d in text}; out = []
-    even = {d: 1/len(OLD) for d in OLD}; flat = cosine(FIRST, 20); schedules = dict(rewarmed=rewarmed((FIRST, SECOND), 20), kept_low=lambda t: flat(min(t, FIRST)))
+    even = {d: 1/len(OLD) for d in OLD}; flat = cosine(FIRST, 15); schedules = dict(rewarmed=rewarmed((FIRST, SECOND), 15), kept_low=lambda t: flat(min(t, FIRST)))
     def run(folder, steps, share, schedule):
         m = small.model(seed); s = MixedStream(text, {**dict.fromkeys(text, 0.), **even}, small.B, small.L, seed)
         fit(m, s, torch.optim.AdamW(m.parameters(), lr=small.LR, betas=(.9, .95), weight_decay=.1, fused=True), schedule, [Stages(s, {0: even, FIRST: replay(even, {NEW: 1.}, share)})], steps=steps, run=folder)
@@ -43,7 +43,7 @@ def objective(seed, name):
     "An objective for all steps."
     train, valid, β = small.files(); m = small.model(seed, extra=32); V = small.V
     ul2 = Objective([lambda x, rng, d=d: denoise(x, d, V, rng) for d in UL2], seed)
-    hooks = dict(next_token=[], meap=[Objective([meap(V)], seed)], ul2=[ul2], next_and_ul2=[Objective([meap(V, 0.), ul2.transforms[0], ul2.transforms[3]], seed)])[name]
+    hooks = dict(next_token=[], meap=[Objective([meap(V)], seed)], ul2=[ul2])[name]
     small.train(m, train, STEPS, hooks, seed=seed); return dict(macro=statistics.mean(small.judge(m, valid, β).values()))
 
 def trial(c): return dict(going_on=going_on, metadata=metadata, objective=objective)[c["study"]](c["seed"], *([c["way"]] if "way" in c else []))
@@ -51,7 +51,7 @@ def trial(c): return dict(going_on=going_on, metadata=metadata, objective=object
 if __name__ == "__main__":
     import curricula
     configs = [dict(study="going_on", seed=s) for s in range(3)] + [dict(study=k, seed=s, way=w) for s in range(3) for k,ws in
-        dict(metadata=("plain", "meco", "always"), objective=("next_token", "meap", "ul2", "next_and_ul2")).items() for w in ws]
+        dict(metadata=("plain", "meco", "always"), objective=("next_token", "meap", "ul2")).items() for w in ws]
     runs = [dict(c, **(r.get("result") or r)) for c,r in zip(configs, sweep(curricula.trial, configs, small.HERE/"curricula.jsonl", local(1)))]
     (small.ROOT/"bench"/"results"/"curricula.json").write_text(json.dumps(dict(first=FIRST, second=SECOND, steps=STEPS, batch=small.B, length=small.L, runs=runs), indent=1) + "\n")
     for r in runs: print(r, flush=True)

@@ -52,7 +52,7 @@ def trial(c):
 if __name__ == "__main__":
     import effective_tokens
     texts(); print("texts made", flush=True)
-    configs = [dict(kind=k, tokens=n, dim=d, layers=l, seed=0) for n in COUNTS for d,l in ((32, 2), (96, 3)) for k in KINDS]
+    configs = [dict(kind=k, tokens=n, dim=d, layers=l, seed=0) for n in COUNTS for d,l in ((32, 2), (64, 2)) for k in KINDS]
     runs = [dict(c, **(r.get("result") or r)) for c,r in zip(configs, sweep(effective_tokens.trial, configs, small.HERE/"effective_tokens.jsonl", local(1)))]
     (small.ROOT/"bench"/"results"/"effective_tokens.json").write_text(json.dumps(dict(runs=runs), indent=1) + "\n")
     for r in runs: print(r, flush=True)
