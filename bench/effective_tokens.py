@@ -1,4 +1,4 @@
-"""Runs for the law of effective tokens: eight kinds of text by three counts of tokens by two sizes of model, with the text's diversity and syntheticity. Trials are kept in a journal and made once."""
+"""Runs for the law of effective tokens: nine kinds of text by three counts of tokens, and a second size of model, with the text's diversity and syntheticity. Trials are kept in a journal and made once."""
 import json, statistics, sys
 from pathlib import Path
 
@@ -39,20 +39,24 @@ def texts():
             generated=hot, generated_cold=cold, half_generated=np.where(rng.random((len(x), 1)) < .5, x, cold[rng.permutation(len(x))]), **one)
     return dict(np.load(file))
 
-def trial(c):
-    "One model, one pass over `tokens` tokens of one kind, judged on held-out text of all domains."
-    x = texts()[c["kind"]]; x = x[np.random.default_rng(c["seed"]).permutation(len(x))]; steps = c["tokens"]//(small.B*L)
-    if c["kind"] == "repeated": x = np.random.default_rng(1).permutation(np.tile(x[:steps + 1], (8, 1)))         # an eighth of it, eight times
-    m = small.model(c["seed"], c["dim"], c["layers"]); tok = tokens.tokenizer(small.HERE/"tokenizer.json")
-    seen = x[:steps*small.B + 2]; small.train(m, dict(t=small.Numbers(seen.flatten())), steps, seed=c["seed"])
-    _, valid, β = small.files(); bpb = small.judge(m, valid, β)
-    sample = torch.from_numpy(seen[:160]); ℓ = torch.cat([nll(teacher(), b) for b in sample.split(16)]).mean().item()
-    return dict(parameters=m.shape.parameters, tokens=steps*small.B*L, diversity=diversity("".join(tok.decode_batch(seen.tolist()))), syntheticity=float(np.exp(-ℓ)), macro=statistics.mean(bpb.values()))
+def pieces(kind, steps):
+    "The windows of a run, a batch a step."
+    x = np.random.default_rng(0).permutation(texts()[kind])
+    if kind == "repeated": x = np.random.default_rng(1).permutation(np.tile(x[:steps + 1], (8, 1)))         # an eighth of it, eight times
+    return x[:steps*small.B + 2]
+
+def trial(kind):
+    "Models on one kind of text, one pass each, judged on held-out text of all domains."
+    tok, m0, out = tokens.tokenizer(small.HERE/"tokenizer.json"), teacher(), []
+    for dim,layers,n in [(32, 2, n) for n in COUNTS] + [(64, 2, COUNTS[1])]:
+        steps = n//(small.B*L); seen, m = pieces(kind, steps), small.model(0, dim, layers); small.train(m, dict(t=small.Numbers(seen.flatten())), steps)
+        _, valid, β = small.files(); ℓ = torch.cat([nll(m0, b) for b in torch.from_numpy(seen[:160]).split(16)]).mean().item()
+        out.append(dict(kind=kind, parameters=m.shape.parameters, tokens=steps*small.B*L, diversity=diversity("".join(tok.decode_batch(seen.tolist()))), syntheticity=float(np.exp(-ℓ)), macro=statistics.mean(small.judge(m, valid, β).values())))
+    return out
 
 if __name__ == "__main__":
     import effective_tokens
     texts(); print("texts made", flush=True)
-    configs = [dict(kind=k, tokens=n, dim=d, layers=l, seed=0) for n in COUNTS for d,l in ((32, 2), (64, 2)) for k in KINDS]
-    runs = [dict(c, **(r.get("result") or r)) for c,r in zip(configs, sweep(effective_tokens.trial, configs, small.HERE/"effective_tokens.jsonl", local(1)))]
+    runs = [r for out in sweep(effective_tokens.trial, KINDS, small.HERE/"effective_tokens.jsonl", local(int(*(sys.argv[1:] or ["1"])))) for r in out.get("result") or [out]]
     (small.ROOT/"bench"/"results"/"effective_tokens.json").write_text(json.dumps(dict(runs=runs), indent=1) + "\n")
     for r in runs: print(r, flush=True)

@@ -58,7 +58,7 @@ def test_an_objective_is_the_same_in_parts_and_after_a_resume(make, tmp_path):
     assert [r["tokens"] for r in log] == [6*32*(i + 1) for i in range(4)]                           # the budget of the ordinary loop
 
 def test_another_seed_is_another_choice_and_is_refused_on_resume(tmp_path):
-    x = next(stream())[0]; assert not torch.equal(mixture(0).batch(0, x)[0], mixture(1).batch(0, x)[0]); run(tmp_path, [mixture(0)], steps=2)
+    x = next(stream())[0]; a = mixture(0).batch(0, x)[0]; assert not torch.equal(a, mixture(1).batch(0, x)[0]) and not torch.equal(a, mixture(0).batch(1, x)[0]); run(tmp_path, [mixture(0)], steps=2)
     with pytest.raises(ValueError, match="pass the same objective"): run(tmp_path, [mixture(1)])
 
 # Curricula

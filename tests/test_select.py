@@ -66,6 +66,10 @@ def test_padding_is_counted_nowhere():
     count = lambda x: torch.ones(len(x), x.shape[1] - 1); spans = np.array([[0, 3], [3, 40], [40, 57], [57, 59]])
     assert score(count, text(), spans, 16, 3, np.sum).tolist() == [2, 36, 16, 1]
 
+def test_a_score_is_the_mean_over_the_spans_own_tokens():
+    x = text(); spans = np.array([[0, 2], [3, 40], [40, 57], [5, 9]]); s = score(lambda v: v[:,1:].float(), x, spans, 7, 3)
+    np.testing.assert_allclose(s, [x.t[a+1:b].mean() for a,b in spans.tolist()])
+
 def test_scoring_leaves_the_model_in_its_mode():
     m = model().train(); nll(m, torch.ones(1, 5, dtype=torch.int64)); assert m.training
 
