@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Salt', 'learnable']
 
-# %% ../../../nbs/mixers/salt.ipynb #4e759202
+# %% ../../../nbs/mixers/salt.ipynb #e52467d6
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # %% ../../../nbs/mixers/salt.ipynb #1027e725
