@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #7b77b7fc
+# %% ../../../nbs/engine/fit.ipynb #ee4aca7b
 import json, math, os, time, warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -110,8 +111,8 @@ def _line(record):
     plain = lambda x: {k: plain(v) for k,v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps(plain(record), allow_nan=False) + "\n"
 
-# %% ../../../nbs/engine/fit.ipynb #adb04909
-def _gradient(model, tokens, accumulate, a):
+# %% ../../../nbs/engine/fit.ipynb #f97bf55d
+def _gradient(model, tokens, accumulate, a, losses=losses):
     "Add the gradient of the mean loss, each sequence's times its weight a; ℓ."
     ℓ = []
     for x,w in zip(tokens.chunk(accumulate), a.chunk(accumulate)):
@@ -124,12 +125,13 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #8a08a7fc
+# %% ../../../nbs/engine/fit.ipynb #92845c8e
 def _step(step, model, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
     α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
-    ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ])
+    own = next((partial(h.losses, step) for h in hooks if hasattr(h, "losses")), losses)
+    ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ], own)
     λ, params = _by_domain(ℓ, δ, stream.domains), [p for g in optimizer.param_groups for p in g["params"]]
     size = lambda: nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
     if good := bool(ℓ.isfinite().all()): _call(hooks, "on_losses", step, λ)
@@ -148,13 +150,13 @@ def _scaled(optimizer, η):
     finally:
         for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
 
-# %% ../../../nbs/engine/fit.ipynb #f1e1b516
+# %% ../../../nbs/engine/fit.ipynb #d72423dd
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place
     stream, # a `MixedStream`
     optimizer:torch.optim.Optimizer, # its learning rates are the unit of the schedule
     schedule, # step -> multiplier of the learning rates
-    hooks=(), # objects with any of loss_weights(step, tokens, domain) -> {domain: weight} or None, on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
+    hooks=(), # objects with any of losses(step, model, tokens) -> (B,), loss_weights(step, tokens, domain) -> {domain: weight} or None, on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
     *,
     steps:int, # steps in all, those before a resume included
     run:str|Path, # folder of the run, with log.jsonl and commits/; a run found in it is resumed
