@@ -1,5 +1,5 @@
 """Every mixer on one protocol: equal training tokens, equal tuning trials, three settings, three seeds; what each costs in extra passes.
-One thread. Trials are entered into results/scoreboard.jsonl as they end and are not made again: delete that file to start over (about 50 CPU-minutes)."""
+One thread. Trials are entered into results/scoreboard/<setting>.jsonl as they end and are not made again."""
 import functools, json, platform, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from paretolab.mixers.requests import Run
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.stacked import stacked
 from paretolab.models.mobilellm import MobileLLM, Shape
+from paretolab.optimizers.muon import Muon
 
 torch.set_num_threads(1); warnings.filterwarnings("ignore", message=".*saved under.*")
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
-JOURNAL, RESULT = HERE/"results"/"scoreboard.jsonl", HERE/"results"/"scoreboard.json"
-TUNING, SEEDS, STEPS, RUNS, SHORT = 100, (0, 1, 2), 240, 24, 60          # seed of the tuning trials; seeds of the score; steps of a run; small runs in a table and their steps
+RESULT = HERE/"results"/"scoreboard.json"
+TUNING, SEEDS, RUNS, SHORT = 100, (0, 1, 2), 24, .25                     # seed of the tuning trials; seeds of the score; small runs in a table, and their length as a share of a run's
 
 # Three settings
 
@@ -46,7 +47,7 @@ def text():
 
 def real(left_out, targets, n):
     T, looks, V, nbytes = text()
-    return dict(shape=Shape(vocab=512, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=64), batch=8, length=64, lr=6e-3, nbytes=nbytes,
+    return dict(shape=Shape(vocab=512, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=64), batch=8, length=64, steps=120, optimizer=lambda named: Muon(named, lr=1e-2), nbytes=nbytes,
         tokens={d: t for d,t in T.items() if d not in left_out}, looks=windows({d: looks[d] for d in targets or T}, 64, n), tests=windows({d: V[d] for d in targets or T}, 64, 32 if not targets else 256))
 
 V, C, Q = 32, np.array([[.8, .2, 0, 0, 0], [.2, .8, 0, 0, 0], [0, 0, .7, .3, 0], [0, 0, .3, .7, 0], [0, 0, 0, 0, 1.]]), np.array([.6, .05, .25, .05, .05])
@@ -62,7 +63,7 @@ def setting(name):
     if name == "uniform": return real((), (), 2)
     if name == "held-out": return real(("legal",), ("legal",), 20)
     world = {f"d{j}": Part(chain(c, 12_000*(5 - j), j), 0, 12_000*(5 - j)) for j,c in enumerate(C)}; goal = Part(chain(Q @ C, 12_000, 99), 0, 12_000)
-    return dict(shape=Shape(vocab=V, dim=32, ff=64, layers=1, heads=2, kv_heads=1, context=1), batch=256, length=1, lr=1e-2, nbytes=torch.ones(V, dtype=torch.int64), tokens=world,
+    return dict(shape=Shape(vocab=V, dim=32, ff=64, layers=1, heads=2, kv_heads=1, context=1), batch=256, length=1, steps=160, optimizer=lambda named: torch.optim.AdamW([p for _,p in named], lr=1e-2, fused=True), nbytes=torch.ones(V, dtype=torch.int64), tokens=world,
         looks=windows(dict(goal=Part(goal.t, 0, 4000)), 1, 512), tests=windows(dict(goal=Part(goal.t, 4000, 8000)), 1, 8000))
 
 def uniform(s): return dict.fromkeys(s["tokens"], 1/len(s["tokens"]))
@@ -73,21 +74,20 @@ def targets(name): return () if name == "uniform" else ("legal",) if name == "he
 
 class Count:
     "Tokens through the model as shares of the run's: with gradient 1, without 1/3."
-    def __init__(self, s): self.tokens, self.run = 0., STEPS*s["batch"]*s["length"]
+    def __init__(self, s): self.tokens, self.run = 0., s["steps"]*s["batch"]*s["length"]
     def watch(self, model): model.register_forward_hook(lambda m, x, y: self.add(x[0].numel())); return model
     def add(self, n): self.tokens += n*(1 if torch.is_grad_enabled() else 1/3)
     @property
     def passes(self): return self.tokens/self.run
 
 def new(s, seed): torch.manual_seed(seed); return MobileLLM(s["shape"])
-def adamw(model, s): return torch.optim.AdamW(model.parameters(), lr=s["lr"], betas=(.9, .95), weight_decay=.1, fused=True)
 def schedule(steps): return wsd(steps, steps//10, .3)
 
 def train(s, seed, weights, mixer=None, reference=None, count=None):
-    "One run of `STEPS` steps; the model, the mean of its mixtures, and the mixer's last state."
+    "One run; the model, the mean of its mixtures, and the mixer's last state."
     model, stream = new(s, seed), MixedStream(s["tokens"], weights, s["batch"], s["length"], seed); count and count.watch(model)
     hook = mixer and Steer(mixer, model, stream, s["looks"], seed, reference, minibatch=1 if s["length"] > 1 else 32)
-    with tempfile.TemporaryDirectory() as run: log = fit(model, stream, adamw(model, s), schedule(STEPS), [hook] if hook else [], steps=STEPS, run=run)
+    with tempfile.TemporaryDirectory() as run: log = fit(model, stream, s["optimizer"](model.named_parameters()), schedule(s["steps"]), [hook] if hook else [], steps=s["steps"], run=run)
     stream.close()
     return model, {d: float(np.mean([r["weights"][d] for r in log])) for d in stream.domains}, hook and hook.state
 
@@ -95,10 +95,11 @@ def train(s, seed, weights, mixer=None, reference=None, count=None):
 def reference(name, seed): return train(setting(name), seed, uniform(setting(name)))[0]
 
 def score(s, model, p, count, extra=0.):
+    passes = count.passes                                                 # what judging costs is the judge's
     looks, bpb = held_out(model, s["looks"], 64), bits_per_byte(model, s["tests"], s["nbytes"], 64)
-    return dict(looks=statistics.fmean(looks.values()), bpb=statistics.fmean(bpb.values()), by_domain=bpb, weights=p, extra_passes=round(count.passes - 1 + extra, 4))
+    return dict(looks=statistics.fmean(looks.values()), bpb=statistics.fmean(bpb.values()), by_domain=bpb, weights=p, extra_passes=round(passes - 1 + extra, 4))
 
-# The methods: three values of the one number each is most sensitive to
+# The methods: two values of the one number each is most sensitive to
 
 def static(name, s, seed, power): c = Count(s); model, p, _ = train(s, seed, sizes(s, power), count=c); return score(s, model, p, c)
 
@@ -121,19 +122,18 @@ def from_table(make):
         m, c, P = make(targets(name), x), Count(s), list(s["tokens"]); state = m.init(P, uniform(s), seed); plan = m.plan(state, 0)
         state = m.observe(state, dict(zip(plan, TABLES[name, seed])))
         model, p, _ = train(s, seed, m.weights(state), count=c)
-        return score(s, model, p, c, RUNS*SHORT/STEPS)
+        return score(s, model, p, c, RUNS*SHORT)
     return method
 
 METHODS = dict(
-    static=(static, (0., .5, 1.)),                                        # 0 is uniform, which is stratified sampling; 1 is proportional
-    doremi=(by_proxy(lambda η: DoReMi(eta=η)), (.01, .1, 1.)),
-    doge=(by_proxy(lambda η: DoGE(eta=η, every=3)), (.02, .1, .5)),
-    dga=(online(lambda t, η: DGA(eta=η, every=20, beta=.2)), (.1, 1., 10.)),
-    skill_it=(online(lambda t, η: SkillIt(eta=η, every=20, steps=3, targets=t)), (.05, .2, .8)),
-    aioli=(online(lambda t, η: Aioli(eta=η, every=60, steps=2, passes=1, targets=t)), (1., 4., 16.)),
-    aioli_ema=(online(lambda t, η: Aioli(eta=η, every=60, steps=2, passes=1, ema=.1, targets=t)), (1., 4., 16.)),
-    regmix=(from_table(lambda t, n: RegMix(runs=RUNS, targets=t, best=n)), (16, 128, 1024)),
-    mixing_laws=(from_table(lambda t, ε: MixingLaws(runs=RUNS, targets=t, floor=ε)), (0., .01, .03)))
+    static=(static, (0., 1.)),                                            # 0 is uniform, which is stratified sampling; 1 is proportional
+    doremi=(by_proxy(lambda η: DoReMi(eta=η)), (.01, .1)),
+    doge=(by_proxy(lambda η: DoGE(eta=η, every=3)), (.05, .3)),
+    dga=(online(lambda t, η: DGA(eta=η, every=16, beta=.2)), (.3, 3.)),
+    skill_it=(online(lambda t, η: SkillIt(eta=η, every=16, steps=2, targets=t)), (.1, .5)),
+    aioli=(online(lambda t, x: Aioli(eta=x[0], every=40, steps=2, passes=1, ema=x[1], targets=t)), ((4., None), (8., .1))),
+    regmix=(from_table(lambda t, n: RegMix(runs=RUNS, targets=t, best=n)), (16, 128)),
+    mixing_laws=(from_table(lambda t, ε: MixingLaws(runs=RUNS, targets=t, floor=ε)), (.002, .02)))
 TABLES = {}
 
 # Trials
@@ -144,8 +144,8 @@ def one(config):
     if config["method"] == "table":
         mixtures = [dict(zip(s["tokens"], r.weights)) for r in RegMix(runs=RUNS).plan(RegMix(runs=RUNS).init(list(s["tokens"]), uniform(s), seed), 0)]
         streams = [MixedStream(s["tokens"], p, s["batch"], s["length"], seed + i) for i,p in enumerate(mixtures)]
-        models = [new(s, seed) for _ in mixtures]
-        for i in range(0, RUNS, 8): stacked(models[i:i+8], streams[i:i+8], schedule(SHORT), steps=SHORT, lr=s["lr"])
+        models, short = [new(s, seed) for _ in mixtures], int(SHORT*s["steps"])
+        for i in range(0, RUNS, 8): stacked(models[i:i+8], streams[i:i+8], schedule(short), steps=short, optimizer=s["optimizer"])
         for x in streams: x.close()
         out = [held_out(m, s["looks"], 64) for m in models]
     elif config["method"] == "given": c = Count(s); model, p, _ = train(s, seed, dict(zip(s["tokens"], config["x"])), count=c); out = score(s, model, p, c)
@@ -160,7 +160,7 @@ def here(name, todo):
 
 def ask(configs):
     import scoreboard                                                     # under the name a journal knows it by
-    outs = sweep(scoreboard.one, configs, JOURNAL, here)
+    outs = sweep(scoreboard.one, configs, HERE/"results"/"scoreboard"/f"{configs[0]['setting']}.jsonl", here)
     if bad := [(c, o["error"]) for c,o in zip(configs, outs) if "error" in o]: raise SystemExit(f"{len(bad)} trials failed, the first: {bad[0]}")
     return [o["result"] for o in outs]
 
@@ -178,7 +178,8 @@ def board(name):
         runs = ask([dict(setting=name, method="static", seed=seed, x=x) for seed in SEEDS]); found[label] = dict(chosen=x, runs=[r["out"] for r in runs])
         cpu += sum(r["cpu"] for r in runs)*(x != found["static"]["chosen"])
     if name == "planted": found["known best"] = dict(chosen=Q.tolist(), runs=[r["out"] for r in ask([dict(setting=name, method="given", seed=seed, x=Q.tolist()) for seed in SEEDS])])
-    return dict(methods=found, cpu=round(cpu))
+    s = setting(name)
+    return dict(methods=found, cpu=round(cpu), steps=s["steps"], tokens=s["steps"]*s["batch"]*s["length"], parameters=s["shape"].parameters, domains={d: len(t) for d,t in s["tokens"].items()})
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
@@ -189,4 +190,4 @@ if __name__ == "__main__":
         for m,f in b["methods"].items():
             v = [r["bpb"] for r in f["runs"]]; print(f"  {m:14} {np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})  +{np.mean([r['extra_passes'] for r in f['runs']]):.2f} passes  chosen {f['chosen']}")
     if set(names) == {"planted", "held-out", "uniform"}:
-        RESULT.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, steps=STEPS, small_runs=RUNS, small_steps=SHORT, seeds=list(SEEDS), settings=boards), indent=1) + "\n")
+        RESULT.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings=boards), indent=1) + "\n")

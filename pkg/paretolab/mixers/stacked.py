@@ -22,16 +22,14 @@ def clip(
     for g in grads: g.mul_((most/(norm + 1e-6)).clamp_max(1).view(-1, *[1]*(g.ndim - 1)))
     return norm
 
-# %% ../../../nbs/mixers/stacked.ipynb #5d46687d
+# %% ../../../nbs/mixers/stacked.ipynb #ffd1b432
 def stacked(
     models:list, # N models of one shape; their weights are replaced by the trained ones
     streams:list, # a `MixedStream` for each, of one batch and length
     schedule, # step -> multiplier of the learning rate
     *,
     steps:int, # training steps
-    lr:float, # learning rate of AdamW
-    weight_decay:float=.1, # decoupled weight decay
-    betas:tuple=(.9, .95), # of AdamW
+    optimizer, # named parameters -> optimizer that treats each by itself; its learning rate is the unit of the schedule
 )->torch.Tensor: # losses in training, (steps, N)
     "Train all models at once, each on its own stream."
     if not models or len(models) != len(streams): raise ValueError(f"every model has a stream of its own (got {len(models)} models and {len(streams)} streams)")
@@ -39,12 +37,16 @@ def stacked(
     if len({tuple((n, p.shape) for n,p in m.named_parameters()) for m in models}) > 1: raise ValueError(f"stacked models have one shape (got {len(models)} models with {sorted({sum(p.numel() for p in m.parameters()) for m in models})} parameters)")
     θ, fixed = stack_module_state(models); one = copy.deepcopy(models[0]).to("meta")
     def loss(θ, b, x): return losses(lambda z: functional_call(one, (θ, b), (z,)), x).mean()
-    optimizer, path = torch.optim.AdamW(θ.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True), []
+    parts = {f"{n}.{k}": nn.Parameter(p.detach()[n]) for k,p in θ.items() for n in range(len(models))}      # slices: they share the stack's memory
+    o, path = optimizer(parts.items()), []; lr = [g["lr"] for g in o.param_groups]
     for t in range(steps):
         x = torch.stack([next(s)[0] for s in streams])
         with sdpa_kernel(SDPBackend.MATH): (ℓ := vmap(loss)(θ, fixed, x)).sum().backward()
-        clip([p.grad for p in θ.values()]); optimizer.param_groups[0]["lr"] = lr*schedule(t)
-        optimizer.step(); optimizer.zero_grad(); path.append(ℓ.detach())
+        clip([p.grad for p in θ.values()])
+        for k,p in parts.items(): n, _, name = k.partition("."); p.grad = θ[name].grad[int(n)]
+        for g,r in zip(o.param_groups, lr): g["lr"] = r*schedule(t)
+        o.step(); path.append(ℓ.detach())
+        for p in θ.values(): p.grad = None
     with torch.no_grad():
         for n,p in θ.items():
             for m,w in zip(models, p): m.get_parameter(n).copy_(w)
