@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                         'paretolab.frontier.job._runner': ('frontier/job.html#_runner', 'paretolab/frontier/job.py'),
                                         'paretolab.frontier.job._ship': ('frontier/job.html#_ship', 'paretolab/frontier/job.py'),
                                         'paretolab.frontier.job._steps': ('frontier/job.html#_steps', 'paretolab/frontier/job.py'),
+                                        'paretolab.frontier.job._weights': ('frontier/job.html#_weights', 'paretolab/frontier/job.py'),
                                         'paretolab.frontier.job.frontier': ('frontier/job.html#frontier', 'paretolab/frontier/job.py'),
                                         'paretolab.frontier.job.load': ('frontier/job.html#load', 'paretolab/frontier/job.py'),
                                         'paretolab.frontier.job.measure': ('frontier/job.html#measure', 'paretolab/frontier/job.py'),
