@@ -189,5 +189,5 @@ if __name__ == "__main__":
         print(f"{n}: {b['cpu']/60:.1f} CPU-minutes")
         for m,f in b["methods"].items():
             v = [r["bpb"] for r in f["runs"]]; print(f"  {m:14} {np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})  +{np.mean([r['extra_passes'] for r in f['runs']]):.2f} passes  chosen {f['chosen']}")
-    if set(names) == {"planted", "held-out", "uniform"}:
-        RESULT.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings=boards), indent=1) + "\n")
+    had = json.loads(RESULT.read_text())["settings"] if RESULT.exists() else {}
+    RESULT.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings={**had, **boards}), indent=1) + "\n")
