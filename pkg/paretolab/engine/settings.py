@@ -13,12 +13,13 @@ from pathlib import Path
 # %% ../../../nbs/engine/settings.ipynb #98a081b5
 def _in(section, default, help): return field(default=default, metadata=dict(section=section, help=help))
 
-# %% ../../../nbs/engine/settings.ipynb #fc1f8b57
+# %% ../../../nbs/engine/settings.ipynb #14df3f99
 @dataclass(frozen=True)
 class Settings:
     "Every setting of `paretolab train` and `paretolab frontier`, with its default."
     share:float = _in("corpus", 0.05, "share of each domain's text held out for validation")
     temperature:float = _in("corpus", 0.5, "weights of the domains are their tokens to this power, from 0, uniform, to 1, proportional")
+    mixture:str = _in("corpus", "", "file of weights, as `paretolab mix` writes it, in place of a temperature; empty: none")
     shape:str = _in("model", "nano", "shape that is trained, a name of models.shape.mobilellm")
     start:str = _in("train", "", "folder of a model to train on, in the Llama layout; empty: new weights")
     steps:int = _in("train", 0, "training steps; 0: as many as `seconds` allow")

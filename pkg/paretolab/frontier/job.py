@@ -50,7 +50,18 @@ def _check(s, globs):
     if not 0 < s.seconds < math.inf: raise ValueError(f"the training time is a positive number of seconds (got seconds={s.seconds})")
     if len(set(s.widths)) < len(s.widths): raise ValueError(f"widths are different numbers of bits (got widths={s.widths})")
 
-# %% ../../../nbs/frontier/job.ipynb #21b511f4
+# %% ../../../nbs/frontier/job.ipynb #f164c717
+def _weights(s, tokens):
+    "Weights of the domains: as a file says, or their tokens to a power."
+    from paretolab.data.stream import simplex
+    mass = {d: len(t)**s.temperature for d,t in tokens.items()}
+    if not s.mixture: return {d: m/sum(mass.values()) for d,m in mass.items()}
+    try: p = dict(json.loads(Path(s.mixture).expanduser().read_text())["weights"])
+    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"a mixture is a JSON file with the key `weights`, as `paretolab mix` writes it (got {s.mixture}: {type(e).__name__}: {e})") from None
+    simplex(p, list(tokens))
+    return {d: float(p[d]) for d in tokens}
+
+# %% ../../../nbs/frontier/job.ipynb #2c76bad9
 def prepare(
     s:Settings, # all settings
     globs:dict|None=None, # domain -> glob of the user's files; None: the corpus of the package
@@ -62,8 +73,7 @@ def prepare(
     train, valid = split.split(corpus.from_files(globs) if globs else corpus.load("tiny"), s.share)
     tok, folder = tokens.tokenizer(), Path(s.out)/"tokens"
     T, V = (tokens.build(c, tok, folder/part) for part,c in (("train", train), ("valid", valid)))
-    mass = {d: len(t)**s.temperature for d,t in T.items()}
-    return Text(train, valid, T, windows(V, s.length, s.windows), {d: m/sum(mass.values()) for d,m in mass.items()}, tok, torch.from_numpy(tokens.token_bytes(tok)))
+    return Text(train, valid, T, windows(V, s.length, s.windows), _weights(s, T), tok, torch.from_numpy(tokens.token_bytes(tok)))
 
 # %% ../../../nbs/frontier/job.ipynb #ace4d04e
 def _make(s, text):
@@ -114,7 +124,7 @@ def _steps(s, text, run):
         part.replace(note)
         return json.loads(note.read_text())
 
-# %% ../../../nbs/frontier/job.ipynb #decf0262
+# %% ../../../nbs/frontier/job.ipynb #697a3939
 def train(
     s:Settings, # all settings
     text:Text, # from `prepare`
@@ -123,9 +133,10 @@ def train(
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import wsd
     if s.threads: torch.set_num_threads(s.threads)
-    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start", *(["mixer"] if s.mixer == Settings.mixer else []))}
+    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start", "mixture", *(["mixer"] if s.mixer == Settings.mixer else []))}
     identity = {d: json.loads(t.path.with_suffix(".json").read_text())["identity"] for d,t in text.tokens.items()}
     model, stream, optimizer = _make(s, text)
+    if s.mixture: identity["weights"] = text.weights
     if s.start: identity["start"] = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     key = hashlib.sha256(json.dumps([shaping, identity]).encode()).hexdigest()[:10]
     run = Path(s.out)/"training"/f"{s.shape}-{key}"

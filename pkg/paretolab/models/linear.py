@@ -10,19 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../../../nbs/models/linear.ipynb #6b0b969b
+# %% ../../../nbs/models/linear.ipynb #1d928310
 class _Product(torch.autograd.Function):
     "a bᵀ by oneDNN; its gradients are products of the same form."
     @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    def forward(a, b): return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
     @staticmethod
     def backward(ctx, dy):
         a, b = ctx.saved_tensors; dy = dy.contiguous()
         da = _Product.apply(dy, b.t().contiguous()) if ctx.needs_input_grad[0] else None
         db = _Product.apply(dy.t().contiguous(), a.t().contiguous()) if ctx.needs_input_grad[1] else None
         return da, db
+    @staticmethod
+    def vmap(info, in_dims, a, b):
+        a, b = (t if d is None else t.movedim(d, 0) for t,d in zip((a, b), in_dims))
+        return a @ b.mT, 0
 
 # %% ../../../nbs/models/linear.ipynb #16d14ba9
 def wide(
