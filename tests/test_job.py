@@ -136,19 +136,19 @@ def test_a_mixer_moves_the_mixture_and_a_killed_job_with_one_goes_on(globs, smal
     model2, stream, optimizer = job._make(other, text)
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import wsd
-    fit(model2, stream, optimizer, wsd(20, 2, s.decay), job._hooks(other, text, model2, stream), steps=11, run=job.Path(other.out)/"training"/calm.name, every=3)     # in the middle of a probe
+    fit(model2, stream, optimizer, wsd(20, 2, s.decay), job._hooks(other, text, model2, stream, job.Path(other.out)), steps=11, run=job.Path(other.out)/"training"/calm.name, every=3)     # in the middle of a probe
     again, same = job.train(other, text)
     assert all(torch.equal(a, b) for a,b in zip(model.parameters(), again.parameters())) and same["mixture"] == record["mixture"]
 
 
 def test_a_mixer_sees_neither_what_is_trained_on_nor_what_is_judged(globs, small):
     s = replace(small, mixer="dga.DGA"); text = job.prepare(s, globs)
-    model, stream, _ = job._make(s, text); hook, = job._hooks(s, text, model, stream)
+    model, stream, _ = job._make(s, text); hook, = job._hooks(s, text, model, stream, job.Path(s.out))
     for d,w in hook.windows.items():
         start = len(stream.tokens[d]); assert start + job._aside(text.tokens[d], s) == len(text.tokens[d])
         tail = torch.from_numpy(text.tokens[d].read(start, len(text.tokens[d]) - start))
         assert all((tail.unfold(0, w.shape[1], 1) == row).all(1).any() for row in w)
-    assert job._hooks(small, text, model, stream) == () and job._make(small, text)[1].tokens is text.tokens
+    assert job._hooks(small, text, model, stream, None) == () and job._make(small, text)[1].tokens is text.tokens
 
 
 @pytest.mark.parametrize("mixer, says", [("doremi.DoReMi", "needs a reference model"), ("aioli.probes", "is no mixer"), ("os.system", "'os.system'")])

@@ -9,24 +9,27 @@ from paretolab.engine.fit import fit
 from paretolab.engine.gradients import gram
 from paretolab.engine.steer import Replay, Steer
 from paretolab.mixers.aioli import Aioli
+from paretolab.mixers.automixer import AutoMixer
 from paretolab.mixers.dga import DGA
 from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
 from paretolab.mixers.protocol import exp_grad
 from paretolab.mixers.mixing_laws import MixingLaws, fit_law, law as exponential
 from paretolab.mixers.regmix import RegMix, draw, ridge
-from paretolab.mixers.requests import DomainGradients, Evaluate
+from paretolab.mixers.requests import DomainGradients, Evaluate, Influence, Keep
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.static import Static
 from paretolab.models.mobilellm import MobileLLM, Shape
 
 torch.set_num_threads(1)
 ONLINE = dict(doremi=DoReMi(eta=.3), doge=DoGE(eta=.2, floor=.01), dga=DGA(eta=.2, every=3, beta=.5, floor=.02), skill_it=SkillIt(every=3, steps=2, eta=.5, floor=.01),
-    aioli=Aioli(eta=.7, every=30, steps=2, passes=2, floor=.01), aioli_averaged=Aioli(eta=.7, every=30, steps=2, passes=2, ema=.3))
+    aioli=Aioli(eta=.7, every=30, steps=2, passes=2, floor=.01), aioli_averaged=Aioli(eta=.7, every=30, steps=2, passes=2, ema=.3),
+    automixer=AutoMixer(every=5, checkpoints=4, samples=3, floor=.01))
 ALL = dict(static=Static(.5), **ONLINE)
 every_mixer, online = pytest.mark.parametrize("m", ALL.values(), ids=ALL), pytest.mark.parametrize("m", ONLINE.values(), ids=ONLINE)
 NAMES = ["code", "law", "math", "prose", "web"]
 PRIOR = dict(zip(NAMES, (.3, .1, .2, .15, .25)))
+kind = lambda m: type(m).__name__                                              # a mutant's class is another one of the same name
 shares = lambda m, s: np.array(list((m.final if hasattr(m, "final") else m.weights)(s).values()))
 
 class World:
@@ -40,6 +43,10 @@ class World:
         if r == Evaluate(): return dict(self.L)
         if r == Evaluate(excess=True): return {j: max(total[j], 0.) for j in self.names}
         if r == DomainGradients(): return dict(align=total, norm={j: abs(total[j]) + .1 for j in self.names})
+        if isinstance(r, Keep): return {}
+        if isinstance(r, Influence):                                           # a sample teaches its own domain most; the three of a domain are alike
+            own = {d: [f"{d}:{i}" for i in range(r.samples)] for d in self.names}
+            return dict(tokens={d: dict.fromkeys(x, 16) for d,x in own.items()}, influence={i: {x: self.A[i, d]*(1 if i == d else .1) for d in self.names for x in own[d]} for i in r.targets})
         before = dict(self.L); self.train(dict(zip(self.names, r.weights)), r.steps)
         after = dict(self.L)
         if self.forgets: self.L = dict(before)                                 # so that the order of probes does not matter
@@ -66,7 +73,7 @@ def test_weights_stay_on_the_simplex_above_the_floor(m):
     rng = np.random.default_rng(1)
     wild = {(i, j): .5*rng.standard_cauchy() for i in NAMES for j in NAMES}
     for world in (World(law()), World({k: v/max(abs(x) for x in wild.values()) for k,v in wild.items()})):
-        if isinstance(m, SkillIt): world.L = {d: 1e3 for d in NAMES}     # losses above 0
+        if kind(m) == "SkillIt": world.L = {d: 1e3 for d in NAMES}     # losses above 0
         s, path = run(m, world)
         for s in path:
             for p in (np.array(list(m.weights(s).values())), shares(m, s)):
@@ -92,6 +99,21 @@ def test_a_planted_best_domain_is_found(m, best):
     world = World({k: 5*v for k,v in law(best=best).items()}); s, path = run(m, world)
     gain = shares(m, s)/shares(m, path[0])
     assert NAMES[gain.argmax()] == best and gain.max() > 1.1
+
+@pytest.mark.parametrize("seed", range(4))
+def test_automixer_finds_planted_groups_and_their_weights(seed):
+    "Samples of hidden kinds and any length, over domains of any size; the last kind helps its own task and harms all others."
+    rng, tasks = np.random.default_rng(seed), ["sum", "rhyme", "sort", "jam"]; m = AutoMixer(every=10, checkpoints=3, samples=9, targets=tuple(tasks)); s = m.init(NAMES, PRIOR, 0)
+    best = rng.integers(0, 3, 4); t = 10.*(best + 1); α = t/t.sum(); worth = rng.uniform(1, 1000, 4)
+    for c in range(3): s = m.observe(s, {Evaluate(): {k: 1. - (best[i] == c) for i,k in enumerate(tasks)}, Keep(10*(c + 1)): {}})
+    hidden = {f"{d}/{i}": int(rng.integers(4)) for d in NAMES for i in range(9)}; tokens = {d: {x: int(rng.integers(5, 50)) for x in hidden if x.startswith(d)} for d in NAMES}
+    I = {k: {x: worth[i]*(h == i) - 1e4*(h == 3 != i) for x,h in hidden.items()} for i,k in enumerate(tasks)}
+    assert {r.step: set(r.targets) for r in m.plan(s, 31)} == {10*(c + 1): {k for k,b in zip(tasks, best) if b == c} for c in set(best.tolist())}
+    new = m.observe(s, {r: dict(tokens=tokens, influence={k: I[k] for k in r.targets}) for r in m.plan(s, 31)})
+    assert {x: k for k,xs in new["groups"].items() for x in xs} == {x: tasks[h] for x,h in hidden.items()}
+    w = α[:3]*worth[:3]/(α[:3] @ worth[:3]); assert np.abs(np.array([*new["shares"].values()]) - [*w, 0]).max() < 1e-12
+    mass = {x: PRIOR[d]*n/sum(tokens[d].values()) for d in NAMES for x,n in tokens[d].items()}; M = [sum(mass[x] for x in hidden if hidden[x] == k) for k in range(4)]
+    for d in NAMES: assert abs(m.weights(new)[d] - sum(w[h]*mass[x]/M[h] for x,h in hidden.items() if x.startswith(d + "/") and h < 3)) < 1e-11                    # shares are kept to 2**-40
 
 @pytest.mark.parametrize("m", [ONLINE["aioli"], ONLINE["aioli_averaged"]])
 def test_aioli_measures_the_planted_law(m):
@@ -135,17 +157,29 @@ def leaves(answer, path=()):
 @online
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "missing"])
 def test_a_bad_or_missing_signal_is_refused_by_name(m, bad):
-    s, world = m.init(NAMES, PRIOR, 0), World(law())
-    t = next(t for t in range(1, 99) if m.plan(s, t)); plan = m.plan(s, t); good = {r: world.answer(r) for r in plan}
-    for r in plan:
+    s, world, seen = m.init(NAMES, PRIOR, 0), World(law()), set()
+    for t in range(1, 99):
+        if not (plan := m.plan(s, t)): continue
+        good = {r: world.answer(r) for r in plan}; kinds = frozenset(type(r) for r in plan)
+        if kinds not in seen: refused(m, s, good, bad)                         # each kind of plan once
+        seen.add(kinds); s = m.observe(s, good)
+    assert len(seen) == (2 if kind(m) in ("AutoMixer", "SkillIt") else 1)
+
+def refused(m, s, good, bad):
+    for r in good:
         for *path, d in leaves(good[r]):
-            if isinstance(m, DGA) and path == ["norm"]: continue         # which it does not use
+            if kind(m) == "DGA" and path == ["norm"] or path[:1] == ["tokens"] and r != next(iter(good)): continue     # which it does not use
             signals = copy.deepcopy(good); at = signals[r]
             for k in path: at = at[k]
             if bad == "missing": del at[d]
             else: at[d] = bad
+            if path[:1] == ["tokens"] and bad == "missing": m.observe(s, signals); continue    # a sample less is no fault
             with pytest.raises(ValueError, match=f"(lacks|has to be a number for) '{d}'"): m.observe(s, signals)
         with pytest.raises(ValueError, match="was not answered"): m.observe(s, {q: a for q,a in good.items() if q != r})
+        if isinstance(r, Influence):
+            for part,name in (("tokens", "math"), ("influence", r.targets[0])):
+                signals = copy.deepcopy(good); del signals[next(iter(good)) if part == "tokens" else r][part][name]
+                with pytest.raises(ValueError, match=f"'{name}'"): m.observe(s, signals)
 
 @every_mixer
 @pytest.mark.parametrize("domains, prior, says", [([], {}, "at least one"), (["a", "a"], dict(a=1.), "different names"), (["a", "b"], dict(a=.5, b=.6), "sum to 1"), (["a", "b"], dict(a=1.), "one weight for each"), (["a", "b"], dict(a=float("nan"), b=1.), "'a' has to be a finite"), ([1, 2], {1: .5, 2: .5}, "names")])
@@ -169,6 +203,12 @@ def test_an_offline_mixer_finds_the_planted_best_domain_through_json(m):
     assert NAMES[(p/np.array(list(PRIOR.values()))).argmax()] == "law" and m.observe(s, t) == new and m.plan(json.loads(json.dumps(new)), 5) == []
     only = type(m)(**{**{f: getattr(m, f) for f in m.__dataclass_fields__}, "targets": ("web",)})
     assert only.weights(only.observe(s, told(only, s)))["web"] > m.weights(new)["web"]
+
+@pytest.mark.parametrize("m", OFFLINE.values(), ids=OFFLINE)
+@pytest.mark.parametrize("level", [.3, 2.])
+def test_runs_that_all_end_alike_move_nothing(m, level):
+    s = m.init(NAMES, PRIOR, 3); new = m.observe(s, {r: dict.fromkeys(NAMES, level) for r in m.plan(s, 0)})
+    assert max(abs(m.weights(new)[d] - PRIOR[d]) for d in NAMES) < 1e-9 and abs(new["predicted"] - level) < 1e-9 and m.plan(new, 1) == []
 
 @pytest.mark.parametrize("m", OFFLINE.values(), ids=OFFLINE)
 @pytest.mark.parametrize("bad", [float("nan"), "missing", "run"])
@@ -223,17 +263,17 @@ WINDOWS = {d: torch.from_numpy(np.stack([t.read(i, 13) for i in (3, 400)])) for 
 def trained(folder, mixer, steps, hook=None):
     torch.manual_seed(0); model, reference = (MobileLLM(Shape(vocab=23, dim=8, ff=8, layers=1, heads=2, kv_heads=1, context=12)) for _ in "mr")
     stream = MixedStream(TEXT, dict(count=.5, noise=.5), batch=4, length=12); o = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    h = hook(stream) if hook else Steer(mixer, model, stream, WINDOWS, reference=reference, minibatch=2)
+    h = hook(stream) if hook else Steer(mixer, model, stream, WINDOWS, reference=reference, minibatch=2, kept=folder/"kept")
     fit(model, stream, o, lambda t: 1., [h], steps=steps, run=folder, every=4); stream.close()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 def log(folder): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(folder/"log.jsonl")]
-SHORT = dict(ONLINE, aioli=Aioli(eta=2., every=12, steps=2, passes=2))
+SHORT = dict(ONLINE, aioli=Aioli(eta=2., every=12, steps=2, passes=2), automixer=AutoMixer(every=3, checkpoints=3, samples=5))
 
 @pytest.mark.parametrize("m", SHORT.values(), ids=SHORT)
 def test_a_run_goes_on_exactly_and_its_log_replays_it(m, tmp_path):
     want = trained(tmp_path/"calm", m, 26)
-    assert len({json.dumps([r["weights"], r.get("loss_weights")]) for r in log(tmp_path/"calm")}) > 2
+    assert len({json.dumps([r["weights"], r.get("loss_weights")]) for r in log(tmp_path/"calm")}) > (1 if kind(m) == "AutoMixer" else 2)                   # it speaks once
     for i,cut in enumerate((1, 3, 7, 14)):
         trained(tmp_path/f"{i}", m, cut)
         assert torch.equal(trained(tmp_path/f"{i}", m, 26), want) and log(tmp_path/f"{i}") == log(tmp_path/"calm")

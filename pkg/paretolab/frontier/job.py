@@ -105,10 +105,10 @@ def _looks(s, text):
     return windows({d: _Part(t, len(t) - _aside(t, s), _aside(t, s)) for d,t in text.tokens.items()}, s.length, 4)
 
 # %% ../../../nbs/frontier/job.ipynb #902697ed
-def _hooks(s, text, model, stream):
+def _hooks(s, text, model, stream, run):
     "The mixer, unless the weights stay as they are."
     from paretolab.engine.steer import Steer
-    return () if s.mixer == Settings.mixer else (Steer(member("mixers", s.mixer)(), model, stream, _looks(s, text), s.seed, minibatch=2),)
+    return () if s.mixer == Settings.mixer else (Steer(member("mixers", s.mixer)(), model, stream, _looks(s, text), s.seed, minibatch=2, kept=run/"kept"),)
 
 # %% ../../../nbs/frontier/job.ipynb #d637606f
 def _steps(s, text, run):
@@ -141,7 +141,7 @@ def train(
     key = hashlib.sha256(json.dumps([shaping, identity]).encode()).hexdigest()[:10]
     run = Path(s.out)/"training"/f"{s.shape}-{key}"
     steps = _steps(s, text, run)
-    fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), _hooks(s, text, model, stream), steps=steps, run=run, every=s.every)
+    fit(model, stream, optimizer, wsd(steps, min(s.warmup, steps-1), s.decay), _hooks(s, text, model, stream, run), steps=steps, run=run, every=s.every)
     if hasattr(optimizer, "eval"): optimizer.eval()                           # some keep the model that is used beside the one that is trained
     log = [json.loads(l) for l in open(run/"log.jsonl")]
     seconds = sum(b["seconds"] - (a["seconds"] if b["seconds"] > a["seconds"] else 0) for a,b in zip([dict(seconds=0), *log], log))

@@ -24,7 +24,7 @@ def law(
 # %% ../../../nbs/mixers/mixing_laws.ipynb #c84fce6a
 def _huber(r, δ): return np.where(np.abs(r) <= δ, r**2/2, δ*(np.abs(r) - δ/2)).sum(-1)
 
-# %% ../../../nbs/mixers/mixing_laws.ipynb #d707f41d
+# %% ../../../nbs/mixers/mixing_laws.ipynb #5b3dbd0a
 def fit_law(
     P:np.ndarray, # mixtures, (N, D)
     y:np.ndarray, # losses, (N,), above 0
@@ -33,6 +33,7 @@ def fit_law(
     "Fit a constant and an exponential, robustly."
     P, y = np.asarray(P, float), np.asarray(y, float); N, D = P.shape
     if not (N > D + 1 and (y > 0).all()): raise ValueError(f"a law of {D} domains has {D + 1} numbers and needs more runs than that, with losses above 0 (got {N} runs, least loss {y.min()})")
+    if np.ptp(y) == 0: return 0., np.full(D, -np.log(y[0]))                        # one loss for all mixtures: no domain helps more
     def at(c): w = y - c; return np.linalg.solve((P*w[:,None]**2).T @ P + 1e-9*np.eye(D), -(P*w[:,None]**2).T @ np.log(w))
     cs = [c for c in y.min() - np.ptp(y)*np.geomspace(1e-3, 10, 40) if c >= 0] or [0.]
     θ = min((np.r_[c, at(c)] for c in cs), key=lambda θ: _huber(law(P, θ[0], θ[1:]) - y, delta)); damp = 1e-3

@@ -47,7 +47,7 @@ def ridge(
     w = np.linalg.solve(Z.T @ Z + λ*np.eye(Z.shape[1]), Z.T @ (y - y.mean()))
     return lambda Q: (np.log(np.asarray(Q) + ε) - μ)/σ @ w + y.mean()
 
-# %% ../../../nbs/mixers/regmix.ipynb #922fe60f
+# %% ../../../nbs/mixers/regmix.ipynb #7ed34b06
 @dataclass(frozen=True)
 class RegMix:
     "The mixture whose predicted loss is least, from a table of small runs."
@@ -70,7 +70,7 @@ class RegMix:
         plan, names = self.plan(state, 0), list(self.targets) or state["domains"]
         y = np.array([read(signals, r, names).mean() for r in plan])
         f, Q = self.fit(np.array([r.weights for r in plan]), y), draw_near(state["prior"], self.candidates, state["seed"] + 1)
-        p = Q[np.argsort(f(Q))[:self.best]].mean(0)
+        p = Q[np.argsort(f(Q))[:self.best]].mean(0) if np.ptp(y) else np.array(state["prior"])          # runs that all end alike move nothing
         return dict(state, p=(p/p.sum()).tolist(), predicted=float(f(p[None])[0]))
     def weights(self, state): return dict(zip(state["domains"], state["p"]))
 
