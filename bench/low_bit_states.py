@@ -1,5 +1,5 @@
 "Moments of 8 bits: the time of a step beside torch's fused AdamW, and what they cost a training run. `python bench/low_bit_states.py [speed|train]`; trials that are in the journal are not made again."
-import json, os, platform, statistics, sys, tempfile, time
+import json, platform, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def main(what):
     if what in ("speed", "all"):
         lines = {l.split(":")[0].strip(): l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if ":" in l} if Path("/proc/cpuinfo").exists() else {}
         found["machine"] = f"{lines.get('model name', platform.machine())}, torch {torch.__version__}"
-        found["layer"], found["60M"], found["cache"] = speed(llama60m(1, False), 41), speed(llama60m(8, True), 9, others=False), paths()
+        found["layer"], found["60M"], found["cache"] = speed(llama60m(1, False), 41), speed(llama60m(8, True), 7, others=False), paths()
     if what in ("train", "all"): found["train"] = train()
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
