@@ -1,5 +1,5 @@
 """Moments of 8 bits: codes by an independent definition, three instruction sets and torch to the bit, any number of processes, resume, hostile numbers, ledger, mutants."""
-import importlib, io, json, math, os, subprocess, sys, types
+import io, math, os, subprocess, sys, types
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -299,3 +299,67 @@ def test_codes_are_the_same_at_every_number_of_processes(world):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--no-python", sys.executable, "-c", CHILD]
     done = subprocess.run(run, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
+
+# Mutants of our own text: each has to be noticed
+
+def codes_are_right(m):
+    for form in (m.Tree(), m.Expanded()):
+        for signed in (True, False):
+            for x in (numbers(1, 3, 300), HOSTILE):
+                x = x if signed else x.abs(); got = form.encode(x, signed)
+                for a,b in zip(got, (tree if form.kind == 0 else expanded)(x.numpy(), signed)): assert a.shape == b.shape and np.array_equal(a.numpy(), b, equal_nan=b.dtype == np.float32)
+                y = form.decode(*got, signed)
+                if form.kind and len(x) == 3: assert ((y - x).abs() <= .6*x.abs()).all()
+                ok = (x.abs() > .2*x.abs().amax(1, keepdim=True)) & (x.abs() > 1e-37)
+                assert ((y - x).abs()[ok & x.isfinite()] <= .05*x.abs()[ok & x.isfinite()]).all() and (y.sign() == x.sign())[ok & x.isfinite()].all()
+
+def optimizers_are_right(m):
+    for kind in (m.AdamW8, m.LionFP8, m.GaLore8): kind.states.least = 64
+    shapes = {"embed.weight": (7, 300), "conv": (5, 3, 12), "narrow": (70, 3, 2), "q.weight": (70, 48), "norm.weight": (64,)}
+    for kind,whole in ((m.AdamW8, m.AdamW), (m.LionFP8, m.Lion), (m.GaLore8, m.GaLore)):
+        P, Q, was = (start(shapes=shapes) for _ in range(3)); a, b = (k(X.items(), lr=1e-3, weight_decay=.5, **dict(rank=33) if whole is m.GaLore else {}) for k,X in ((kind, P), (whole, Q)))
+        for t in range(6):
+            for n in P: P[n].grad = gradient(n, t, shapes); Q[n].grad = P[n].grad.clone()
+            a.step(); b.step()
+        for n in P: assert (P[n] - Q[n]).norm()/(Q[n] - was[n]).norm() < .25, n
+        assert kind.state_bytes(shapes, 33) == bits(a) < .6*bits(b)
+    w = torch.full((40, 40), 1.).bfloat16().requires_grad_(); o = m.AdamW8([("w", w)], lr=.1, weight_decay=0.); w.grad = torch.ones_like(w); o.step()
+    assert torch.allclose(w.float(), torch.tensor(.9), rtol=4e-3) and [m.Small(m.Tree()).small(s) for s in ((64, 64), (64, 63), (200, 31), (8192,))] == [True, False, False, False]
+    with pytest.raises(ValueError): m.AdamW8([("q", torch.zeros(80, 80, dtype=torch.float64))])
+
+def native_is_right(path):
+    lib = native.load(path); old, native.load = native.load, lambda _: lib
+    try:
+        for k in range(lib.best_path() + 1):
+            for form in FORMS:
+                for signed in (True, False): test_every_instruction_set_makes_the_same_codes(k, form, signed)
+                test_a_step_is_that_of_torch(k, form, (7, 300))
+    finally: native.load = old
+
+MUTANTS = [(codes_are_right, "state_codes", old, new) for old,new in ((".9*D/N, D*(.45/N - .8)", ".9*D/N, D*(.45/N - .9)"), ("first - .5 - N/9", "first - N/9"), (".minimum(last)", ""), ("p.clamp_max(127)", "p"), ("p.clamp_min((v > 0).long())", "p"), ("s.isfinite() & (s >= _TINY)", "s >= _TINY"),
+    ("x.amax(-1)", "x.mean(-1)"), ("c > 128, -v", "c > 127, -v"), (".clamp(2, 128)", ".clamp(2, 255)"), ("kept, a, torch.inf", "kept, a, 0."), ("(c & 7) + 8*(e == 0)", "c & 7"), ("e - 15)/k", "e - 14)/k"), ("- 58).clamp_max(0)", "- 57).clamp_max(0)"), ("block, kind = 128", "block, kind = 64"), ("k[...,None]*.0625*", ""))] + [
+    (optimizers_are_right, "low_bit_states", old, new) for old,new in (("exp_avg=p, exp_avg_sq=p", "exp_avg=p"), ("1 - β2**t)**-0.5", "1 - β2**t)**0.5"), ('step=g["lr"]/(1 - β1**t)', 'step=g["lr"]'), ('1 - g["lr"]*g["weight_decay"]', "1"), ("fresh1=1 - β1", "fresh1=1"), ('encode(self.form, value, key == "exp_avg")', 'encode(self.form, value, False)'),
+    ("o.put(p, w)", "pass"), (">= 32", ">= 31"), (">= self.least", "> self.least"), ("p.dtype == torch.float64", "False"), ("self.form.block)", "self.form.block + 1)"), ('key == "exp_avg")', 'key == "exp_avg_sq")'))]
+ROOT = Path(state_codes.__file__).parent
+
+@pytest.mark.parametrize("check, module, old, new", MUTANTS, ids=[f"{m}: {o} → {n}"[:70] for _,m,o,n in MUTANTS])
+def test_a_mutant_is_noticed(check, module, old, new):
+    text = (ROOT/f"{module}.py").read_text()
+    assert old in text, "the mutant's line is gone: write it anew"
+    m = types.ModuleType(f"paretolab.optimizers.{module}"); m.__package__ = "paretolab.optimizers"
+    with pytest.raises((Exception, pytest.fail.Exception)): exec(compile(text.replace(old, new), module, "exec"), vars(m)); check(m)
+
+@pytest.mark.parametrize("check, module", [(codes_are_right, "state_codes"), (optimizers_are_right, "low_bit_states")])
+def test_an_unchanged_module_passes(check, module):
+    m = types.ModuleType(f"paretolab.optimizers.{module}"); m.__package__ = "paretolab.optimizers"
+    exec(compile((ROOT/f"{module}.py").read_text(), module, "exec"), vars(m)); check(m)
+
+NATIVE = [("y > 0x1p-31f", "y > 0x1p-3f"), ("larger(bits(p), every(0x4b400000 - 127))", "bits(p)"), ("(c > 128) & INT32_MIN", "(c > 127) & INT32_MIN"), ("smaller(bits(x), every(1))", "every(0)"), ("p < l ? p : l", "p"), ("top >= 0x7f800000) s = NAN", "false) s = NAN"), ("a >= 0x800000 ? c : I{}", "c"), ("(x == 0) & 8", "(x == 1) & 8"),
+    ("k < n) f(k, n - k)", "false) f(k, n - k)"), ("V[k / WIDTH] = y = only(y, l)", "V[k / WIDTH] = y"), ("beta2 * y + fresh2 * d * d", "beta2 * y + fresh2 * d"), ("unbias + eps", "unbias"), ("16 * t.range", "15 * t.range")]
+@pytest.mark.soak
+@pytest.mark.parametrize("old, new", NATIVE)
+def test_a_mutant_of_the_native_pass_is_noticed(old, new, tmp_path):
+    text = (ROOT.parent/"kernels"/"csrc"/"state_steps.cpp").read_text()
+    assert old in text, "the mutant's line is gone: write it anew"
+    (tmp_path/"state_steps.cpp").write_text(text.replace(old, new))
+    with pytest.raises(AssertionError): native_is_right(tmp_path/"state_steps.cpp")

@@ -28,7 +28,7 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #e8ce9c55
+# %% ../../../nbs/kernels/state_steps.ipynb #e5c94f45
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("expanded", _I)] + \
@@ -44,6 +44,9 @@ def _at(t): return None if t is None else t.data_ptr()
 def _job(form, m, v=(), w=None, g=None, **numbers):
     "What C++ reads; valid as long as the tensors live."
     if odd := [t for t in (w, g, *m, *v) if t is not None and not (t.is_contiguous() and t.device.type == "cpu")]: raise ValueError(f"this step takes contiguous tensors on the processor (got {tuple(odd[0].shape)}, strides {odd[0].stride()}, on {odd[0].device})")
+    blocks = len(m[0])*-(-math.prod(m[0].shape[1:])//form.block)
+    for x in (m, v or m):
+        if any(t is not None and t.shape != m[0].shape for t in (w, g, x[0])) or any(t.numel() != blocks for t in x[1:]): raise ValueError(f"weights, gradients and codes have one shape, with {blocks} scales for {tuple(m[0].shape)} (got {[tuple(t.shape) for t in (w, g, *x) if t is not None]})")
     m, v = (*m, *[None]*(3 - len(m))), (*v, *[None]*(3 - len(v)))
     return _Job(_at(w), _at(g), *map(_at, m), *map(_at, v), math.prod(m[0].shape[1:]), v[0] is None, form.kind, **numbers, lines=_at(_lines), curves=_at(_curves), powers=_at(_powers))
 
