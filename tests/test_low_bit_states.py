@@ -317,7 +317,7 @@ def optimizers_are_right(m):
     for kind in (m.AdamW8, m.LionFP8, m.GaLore8): kind.states.least = 64
     shapes = {"embed.weight": (7, 300), "conv": (5, 3, 12), "narrow": (70, 3, 2), "q.weight": (70, 48), "norm.weight": (64,)}
     for kind,whole in ((m.AdamW8, m.AdamW), (m.LionFP8, m.Lion), (m.GaLore8, m.GaLore)):
-        P, Q, was = (start(shapes=shapes) for _ in range(3)); a, b = (k(X.items(), lr=1e-3, weight_decay=.5, **dict(rank=33) if whole is m.GaLore else {}) for k,X in ((kind, P), (whole, Q)))
+        P, Q, was = (start(shapes=shapes) for _ in range(3)); a, b = (k(X.items(), lr=1e-3, weight_decay=.5, **dict(rank=33, alpha=2.) if whole is m.GaLore else {}) for k,X in ((kind, P), (whole, Q)))
         for t in range(6):
             for n in P: P[n].grad = gradient(n, t, shapes); Q[n].grad = P[n].grad.clone()
             a.step(); b.step()
