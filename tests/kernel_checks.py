@@ -84,6 +84,23 @@ def lion(module, device, n, dtype, state, exact):
         far = (x - y).abs() > (0 if exact else 2**-6*x.abs() + (1.001 if state == torch.int8 else 1e-6))
         assert far.sum() <= (0 if exact else 1 + n//500)
 
+TREES = [(1, 1, torch.float32), (3, 255, torch.bfloat16), (2, 600, torch.float32), (2, 257, torch.float16)]
+
+def tree_adamw(module, device, R, C, dtype, exact):
+    "Bit for bit in the interpreter; where products may be contracted, codes but for a few by one."
+    from paretolab.optimizers.state_codes import Tree
+    torch.manual_seed(C)
+    a = [torch.randn(R, C).to(dtype), *(Tree().encode(torch.zeros(R, C), s) for s in (True, False))]
+    b = [a[0].clone().to(device), *(tuple(t.clone().to(device) for t in x) for x in a[1:])]
+    for t in range(1, 4):
+        g = (torch.randn(R, C)*torch.randn(R, C).exp()).to(dtype)
+        g[:, ::5] = 0
+        module.naive_adamw(a[0], g, *a[1:], t, 0.1, (0.9, 0.95), 1e-8, 0.1)
+        module.fast_adamw(b[0], g.to(device), *b[1:], t, 0.1, (0.9, 0.95), 1e-8, 0.1)
+    for x, y in zip([a[0], *a[1], *a[2]], [b[0], *b[1], *b[2]]):
+        far = (x.float() - y.cpu().float()).abs() > (0 if exact else 1 if x.dtype == torch.uint8 else 2**-6*x.float().abs() + 1e-6)
+        assert far.sum() <= (0 if exact else 1 + x.numel()//500)
+
 ATTENTIONS = [(1, 1, 1, 16, 16, 1, 1, torch.float32), (1, 3, 70, 16, 16, 1, 2, torch.float32), (2, 2, 60, 32, 16, 2, 2, torch.float32), (1, 4, 90, 16, 16, 1, 4, torch.float32), (1, 3, 70, 32, 16, 1, 3, torch.bfloat16), (1, 2, 65, 16, 32, 1, 2, torch.float16)]
 
 def attention(module, device, N, H, T, D, block, local, stride, dtype):
@@ -125,6 +142,7 @@ def everything(module, device, name, exact=False):
     if name == "mxfp4": microscaled(module, device)
     if name == "states":
         for case in STATES: lion(module, device, *case, exact)
+        for case in TREES: tree_adamw(module, device, *case, exact)
     if name == "s2_attention":
         for case in ATTENTIONS: attention(module, device, *case)
     if name == "apollo_step":

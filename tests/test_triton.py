@@ -128,6 +128,10 @@ def test_microscaled():
 def test_lion(case):
     with interpret(): kernel_checks.lion(module("states"), "cpu", *case, exact=True)
 
+@pytest.mark.parametrize("case", kernel_checks.TREES, ids=str)
+def test_adamw(case):
+    with interpret(): kernel_checks.tree_adamw(module("states"), "cpu", *case, exact=True)
+
 @pytest.mark.parametrize("case", kernel_checks.ATTENTIONS, ids=str)
 def test_attention(case):
     with interpret(): kernel_checks.attention(module("s2_attention"), "cpu", *case)
@@ -148,7 +152,8 @@ MUTANTS = [("dequant", "word >> BITS*p", "word >> BITS"), ("dequant", "word // 3
     ("dequant", "mask=(m[:, None] < M) & (j < C)[None, :]", "mask=(m[:, None] < M)"), ("hadamard", "s ^= s >> 4", "s ^= s >> 3"), ("hadamard", "_right(tl.trans(v), _signs(a), MID)", "_right(tl.trans(v), _signs(a), 1)"),
     ("hadamard", "tl.static_range(1, PARTS)", "tl.static_range(2, PARTS)"), ("hadamard", "mask=r < R)\n", "mask=r < R + 1)\n"), ("mxfp4", "(a >= 0.75)", "(a > 0.75)"), ("mxfp4", "(a > 5.0)", "(a >= 5.0)"), ("mxfp4", "top - 2", "top - 1"),
     ("mxfp4", "even | odd << 4", "odd | even << 4"), ("mxfp4", "mask=g < groups)", "mask=g <= groups)"), ("states", "β1*old + fresh1*grad", "β2*old + fresh1*grad"), ("states", "keep*v", "v"), ("states", "if INT: new = (new + 12582912.0) - 12582912.0", "pass"),
-    ("states", "tl.abs(new)", "new"), ("states", "- (c < 0)", "- (c <= 0)"), ("s2_attention", "(u <= t)", "(u < t + 2)"), ("s2_attention", "acc*fade[:, None]", "acc"), ("s2_attention", "for j in range(h, first, STRIDE): acc, μ", "for j in range(0, first, STRIDE): acc, μ"),
+    ("states", "tl.abs(new)", "new"), ("states", "- (c < 0)", "- (c <= 0)"), ("states", "256 - c) + 1", "256 - c)"), ("states", "lines + 8 + n", "lines + n"), ("states", "tl.minimum(p, 127)", "p"), ("states", "tl.maximum(p, (x > 0).to(tl.int32))", "p"), ("states", "grad*fresh2*grad", "grad*fresh2"), ("states", "tl.sqrt_rn(y)*ρ", "tl.sqrt_rn(y)"), ("states", "lines + 48, False)", "lines, False)"),
+    ("states", "tl.where(inside, x, 0.0), lines", "x, lines"), ("states", "θ*keep", "θ"), ("states", "static_range(8)", "static_range(7)"), ("s2_attention", "(u <= t)", "(u < t + 2)"), ("s2_attention", "acc*fade[:, None]", "acc"), ("s2_attention", "for j in range(h, first, STRIDE): acc, μ", "for j in range(0, first, STRIDE): acc, μ"),
     ("s2_attention", "for j in range(h, first, STRIDE): acc = ", "for j in range(h, first + 1, STRIDE): acc = "), ("s2_attention", "(j - h) % STRIDE == 0", "j % STRIDE == 0"), ("s2_attention", "to_k*scale", "to_k"),
     ("s2_attention", "tl.minimum(j + LOCAL, blocks)", "blocks"), ("s2_attention", "(tl.dot(do, tl.trans(v), input_precision=\"ieee\") - ", "(tl.dot(do, tl.trans(v), input_precision=\"ieee\") + "), ("apollo_step", "_normal(seed, i*m + k[None, :])", "_normal(seed, i*m + k[None, :] + 1)"),
     ("apollo_step", "fresh2*R*R", "fresh2*R"), ("apollo_step", "second*unbias2", "second"), ("apollo_step", "G -= part.to(tl.float32)", "pass"), ("apollo_step", "if r > 1 else", "if r > 0 else"), ("apollo_step", "(s*s*sums[2])", "(s*sums[2])"), ("apollo_step", "keep*tl.load", "tl.load")]

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['adamw', 'AdamW']
 
-# %% ../../../nbs/optimizers/adamw.ipynb #decbfa2d
+# %% ../../../nbs/optimizers/adamw.ipynb #af80c4a4
 import torch
 from torch.optim.adamw import adamw as fused
-from .contract import Optimizer, Whole, local, working
+from .contract import Optimizer, local, working
 
-# %% ../../../nbs/optimizers/adamw.ipynb #8caec699
+# %% ../../../nbs/optimizers/adamw.ipynb #558df4a9
 def adamw(
     o:Optimizer, # whose state holds the moments
     g:dict, # group, with lr, betas, eps, weight_decay, maximize
     params:list, # parameters with gradients
 ):
     "One step of torch's fused AdamW."
-    as_it_is = lambda p: type(o.states) is Whole and p.dtype == working(p) and local(p).is_contiguous()
+    few, params = [p for p in params if o.states.small(p.shape)], [p for p in params if not o.states.small(p.shape)]
+    for p in few: o.states.adamw(o, g, p)
+    as_it_is = lambda p: p.dtype == working(p) and local(p).is_contiguous()
     for part in [[p for p in params if as_it_is(p)], *([p] for p in params if not as_it_is(p))]:
         for p in part: o.begin(p, **{} if o.state[p] else {k: torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")})
         W = [o.weight(p).detach() for p in part]
@@ -25,9 +27,9 @@ def adamw(
         M, V = ([o.states.read(o.state[p], k) for p in part] for k in ("exp_avg", "exp_avg_sq"))
         fused(Θ, G, M, V, [], [o.state[p]["step"] for p in part], fused=True, amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1],
             lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"], maximize=g["maximize"])
-        for p,w,θ,m,v in zip(part, W, Θ, M, V):
+        for p,w,θ in zip(part, W, Θ):
             if not w.is_contiguous(): w.copy_(θ)
-            o.states.write(o.state[p], "exp_avg", m); o.states.write(o.state[p], "exp_avg_sq", v); o.put(p, w)
+            o.put(p, w)
 
 # %% ../../../nbs/optimizers/adamw.ipynb #22649a7e
 class AdamW(Optimizer):

@@ -40,14 +40,16 @@ def local(
     "This process's part of a tensor, sharing its memory."
     return t.to_local() if isinstance(t, DTensor) else t
 
-# %% ../../../nbs/optimizers/contract.ipynb #b723f20f
+# %% ../../../nbs/optimizers/contract.ipynb #c12e836f
 class Whole:
     "Moments as they are."
+    def small(self, shape): return False                                      # is a moment of this shape kept in fewer bits?
+    def parts(self, key, shape): return {key: (tuple(shape), torch.float32)}  # the tensors of a slot, for parameters of 32 or 16 bits
+    def admit(self, name, p, slots): pass                                     # refuse what cannot be kept
     def begin(self, state, key, zeros): state[key] = zeros                    # the first time: zeros, shaped and sharded like the moment
     def read(self, state, key): return local(state[key])                      # to work on
     def write(self, state, key, value):                                       # put back, if it is not the slot itself
         if value is not (held := local(state[key])) and value.data_ptr() != held.data_ptr(): held.copy_(value)
-    def nbytes(self, shape): return 4*torch.Size(shape).numel()               # of the slot, for parameters of 32 or 16 bits
 
 # %% ../../../nbs/optimizers/contract.ipynb #3ddb31f9
 def _named(group, known):
@@ -84,8 +86,9 @@ def working(
     "32 bits for a parameter of 16, else its own type."
     return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
 
-# %% ../../../nbs/optimizers/contract.ipynb #1a28ca56
-def _bytes(cls, rule, shape, rank): return sum(map(cls.states.nbytes, cls.slots(rule, shape, rank).values())) if math.prod(shape) else 0 # nothing is kept of an empty tensor
+# %% ../../../nbs/optimizers/contract.ipynb #4a0a1a29
+def _parts(cls, rule, shape, rank): return {k: x for slot,s in cls.slots(rule, shape, rank).items() for k,x in cls.states.parts(slot, s).items()} if math.prod(shape) else {} # nothing is kept of an empty tensor
+def _bytes(cls, rule, shape, rank): return sum(math.prod(s)*t.itemsize for s,t in _parts(cls, rule, shape, rank).values())
 
 # %% ../../../nbs/optimizers/contract.ipynb #975a224c
 class _Ledger:
@@ -137,7 +140,7 @@ class _Work:
         self.state[p]["step"] = t = self.state[p]["step"] + 1
         return int(t)
 
-# %% ../../../nbs/optimizers/contract.ipynb #d2c3734a
+# %% ../../../nbs/optimizers/contract.ipynb #88f1ec0d
 class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
     "What every optimizer of the family shares."
     def __init__(self,
@@ -157,7 +160,9 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         _check(**{k: g[k] for k in ("lr", "betas", "eps", "weight_decay") if k in g})
         rules = self.rules({n: p.shape for n,p in named})
         for n,p in named: parts.setdefault((rules[n], p.ndim == 2), []).append((n, p))
-        for (rule,_),part in parts.items(): self.admit(rule, part, g)
+        for (rule,_),part in parts.items():
+            self.admit(rule, part, g)
+            for n,p in part: self.states.admit(n, p, self.slots(rule, tuple(p.shape), g.get("rank")))
         for (rule,decayed),part in parts.items():
             super().add_param_group({**options, "params": part, "shapes": [list(p.shape) for _,p in part], "rule": rule, "weight_decay": float(g["weight_decay"]*decayed)})
 
@@ -175,11 +180,12 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         return loss
 
     def _fit(self, g, states):
-        "Saved tensors have the shapes of this group's slots: fused kernels trust them."
-        if type(self.states) is not Whole: return
-        for n,shape,held in zip(g["param_names"], g["shapes"], states):
-            slots = {k: tuple(s) for k,s in self.slots(g["rule"], tuple(shape), g.get("rank")).items()}
-            if odd := [k for k,v in held.items() if k in slots and tuple(v.shape) != slots[k]]: raise ValueError(f"the saved {odd[0]} of {n!r} has the shape {tuple(held[odd[0]].shape)} where {slots[odd[0]]} is needed; make the optimizer as the one that was saved")
+        "Saved tensors are those of this group's slots: fused kernels trust them."
+        for n,p,shape,held in zip(g["param_names"], g["params"], g["shapes"], states):
+            need = _parts(type(self), g["rule"], tuple(shape), g.get("rank")) if held else {}
+            for k,(s,t) in need.items():
+                v, types = held.get(k), {t, working(p)} if t == torch.float32 else {t}
+                if not isinstance(v, Tensor) or v.shape != s or v.dtype not in types: raise ValueError(f"the saved {k} of {n!r} is {'missing' if v is None else f'{tuple(v.shape)}, {v.dtype}' if isinstance(v, Tensor) else repr(v)} where {s}, {t} is needed; make the optimizer as the one that was saved")
 
     def load_state_dict(self, state_dict):
         "Load a saved state; every tensor keeps the type it was saved in."
@@ -188,4 +194,4 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         ids, params = ([p for g in groups for p in g["params"]] for groups in (state_dict["param_groups"], self.param_groups))
         for i,p in zip(ids, params):
-            if i in state_dict["state"]: self.state[p] = {k: v.detach().clone() if k == "step" else v.detach().clone().to(p.device) for k,v in state_dict["state"][i].items()}
+            if i in state_dict["state"]: self.state[p] = {k: v.detach().clone(memory_format=torch.contiguous_format).to("cpu" if k == "step" else p.device) for k,v in state_dict["state"][i].items()}

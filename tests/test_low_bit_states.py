@@ -1,0 +1,365 @@
+"""Moments of 8 bits: codes by an independent definition, three instruction sets and torch to the bit, any number of processes, resume, hostile numbers, ledger, mutants."""
+import io, math, os, subprocess, sys, types
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from paretolab.engine.settings import member
+from paretolab.kernels import native, state_steps
+from paretolab.optimizers import low_bit_states, state_codes
+from paretolab.optimizers.state_codes import Expanded, Tree
+
+NAMES = ["AdamW8", "AdamFP8", "Lion8", "LionFP8", "APOLLO8", "APOLLOFP8", "Mini8", "MiniFP8", "GaLore8", "GaLoreFP8"]
+FORMS = [Tree(), Expanded()]
+every = pytest.mark.parametrize("name", NAMES)
+both = pytest.mark.parametrize("form", FORMS, ids=["tree", "expanded"])
+SHAPES = {"embed.weight": (7, 300), "blocks.0.q.weight": (48, 70), "blocks.0.up.weight": (300, 40), "head.weight": (4, 600), "norm.weight": (64,), "conv": (5, 3, 12), "conv4": (2, 2, 4, 8), "narrow": (70, 3, 2), "scale": ()}
+rng = lambda *seed: torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+@pytest.fixture(autouse=True)
+def small_tensors_too(monkeypatch):
+    for n in NAMES: monkeypatch.setattr(getattr(low_bit_states, n).states, "least", 64)
+
+def start(dtype=torch.float32, shapes=SHAPES): return {n: torch.randn(s, generator=rng(0, i)).to(dtype).requires_grad_() for i,(n,s) in enumerate(shapes.items())}
+def gradient(n, t, shapes=SHAPES): return torch.randn(shapes[n], generator=rng(7, t, list(shapes).index(n)))
+def make(name, P, **more): return member("optimizers", f"low_bit_states.{name}")(P.items(), **(dict(gap=3) if name[:4] in ("APOL", "Mini", "GaLo") else {}) | (dict(rank=33) if name[:4] in ("APOL", "GaLo") else {}) | more)
+def train(P, o, at, steps, of=gradient):
+    for t in range(at, at + steps):
+        for n,p in P.items(): p.grad = of(n, t).to(p.dtype)
+        o.step()
+def same(P, Q): return all(torch.equal(P[n], Q[n]) for n in P)
+def bits(o): return sum(v.nbytes for s in o.state.values() for v in s.values())
+def alike(a, b): return all(torch.equal(*(t.nan_to_num(-1.) if t.is_floating_point() else t for t in p)) for p in zip(a, b))
+
+# Formats against definitions of their own
+
+def levels(signed):
+    "From the words of the paper: a decimal exponent in unary, then a fraction of the bits that are left."
+    Q = [0., 1.]
+    for zeros in range(7):
+        N = 2**(6 - zeros + (not signed))
+        Q += [10.**-zeros*(.1 + .9*(j + .5)/N) for j in range(N)]
+    return np.sort(np.array(Q))
+
+def tree(x, signed):
+    "Codes and scales, entry by entry."
+    Q, codes, scales = levels(signed), np.zeros(x.shape, np.uint8), []
+    for r in range(len(x)):
+        for i in range(0, x.shape[1], 256):
+            block = x[r,i:i+256]; s = np.abs(block).max(); scales.append(s)
+            if not np.isfinite(s) or s < 2.**-126: scales[-1] = 0. if np.isfinite(s) else np.nan; continue
+            for j,v in enumerate(block):
+                p = int(np.abs(np.float64(np.float32(abs(v))*np.float32(1/np.float32(s))) - Q).argmin())
+                codes[r,i+j] = (-min(p, 127) if v < 0 else p) % 256 if signed else max(p, int(v > 0))
+    return codes, np.array(scales, np.float32).reshape(len(x), -1)
+
+def expanded(x, signed):
+    codes, scales, powers = np.zeros(x.shape, np.uint8), [], []
+    for r in range(len(x)):
+        for i in range(0, x.shape[1], 128):
+            block = x[r,i:i+128].astype(np.float64); a = np.abs(block); s = a.max(); scales.append(s)
+            if not np.isfinite(s) or s < 2.**-126: scales[-1] = 0. if np.isfinite(s) else np.nan; powers.append(16); continue
+            span = math.log2(s/a[a >= 2.**-126].min())
+            powers.append(min(max(int(16*math.log2(448**2/2)/max(span, 1e-30)), 2), 128)); k = powers[-1]/16
+            w = torch.tensor(448*np.maximum(a/s, 2.**-126)**k).float().clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().copy()
+            if not signed: w = np.maximum(w, 1)
+            codes[r,i:i+128] = np.where(a >= 2.**-126, w | (128*(block < 0)*signed).astype(np.uint8), 0)
+    return codes, np.array(scales, np.float32).reshape(len(x), -1), np.array(powers, np.uint8).reshape(len(x), -1)
+
+def numbers(seed, rows, cols, spread=2.): return torch.randn(rows, cols, generator=rng(seed))*torch.exp2(spread*torch.randn(rows, cols, generator=rng(seed, 1)))
+HOSTILE = torch.tensor([[1, math.nan, 2, 3], [math.inf, 0, 1, 1], [1e-40, 0, -1e-39, 0], [1e38, 1e-38, -1e-30, 0], [-1, -1, -1, -1], [0, 0, 0, 0], [-2, 1e-9, 3e-7, 1], [1, -1e-5, 0, -0.]])
+
+@both
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_the_definition(form, signed):
+    for x in (numbers(1, 3, 300), numbers(2, 2, 129, .1), HOSTILE, numbers(3, 5, 1)):
+        x = x if signed else x.abs() if x is HOSTILE else x*x
+        got, want = [t.numpy() for t in form.encode(x, signed)], (tree if form.kind == 0 else expanded)(x.numpy(), signed)
+        for a,b in zip(got, want): assert a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype == np.float32), np.argwhere(a != b)[:3]
+
+def test_levels_are_the_published_ones():
+    for signed in (True, False): np.testing.assert_allclose(state_codes.levels(signed).numpy(), levels(signed), rtol=2e-6)
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_come_back_within_the_bound(signed):
+    x = numbers(4, 6, 512); x = x if signed else x*x
+    y, (_, _, k) = Expanded().decode(*(parts := Expanded().encode(x, signed)), signed), parts
+    k = (k/16).repeat_interleave(128, 1); w = 448*(x.abs()/x.abs().unflatten(1, (-1, 128)).amax(-1).repeat_interleave(128, 1))**k
+    bound = torch.where(w >= 2**-6, (1 + 2**-4)**(1/k) - 1, ((w + 2**-10)/w)**(1/k) - 1)             # half a step of FP8, drawn back by the power; a step above is wider than one below
+    assert ((x - y).abs() <= 1.001*bound*x.abs()).all() and (y != 0).all()
+    if not signed: assert (Tree().decode(*Tree().encode(x, False), False) > 0).all()                # nothing above 0 becomes 0
+
+# C++ on three instruction sets, and torch: to the bit
+
+paths = pytest.mark.parametrize("path", [0, 1, 2])
+def possible(path):
+    lib = native.load("state_steps.cpp")
+    if lib is None: pytest.skip("no C++ compiler")
+    if path > lib.best_path(): pytest.skip("this processor has no AVX-512 or no AVX2")
+
+@paths
+@both
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_instruction_set_makes_the_same_codes(path, form, signed):
+    possible(path)
+    Q = Tree.Q[signed]; mid = (Q[1:] + Q[:-1])/2
+    ties = torch.cat([mid, Q, torch.nextafter(mid, torch.tensor(9.)), torch.nextafter(mid, torch.tensor(-9.))]); ties = torch.cat([ties[torch.randperm(len(ties), generator=rng(1))][:500].view(2, 250), torch.ones(2, 1)], 1)
+    for x in (numbers(1, 40, 700, 4.), numbers(2, 3, 1), numbers(3, 2, 257), torch.zeros(2, 300), HOSTILE, ties*torch.where(torch.rand(ties.shape, generator=rng(2)) < .5, -1, 1), torch.zeros(0, 5)):
+        x = x if signed else x.abs()
+        a = form.encode(x, signed); b = state_steps.encode(form, x, signed, path)
+        assert alike(a, b) and alike([form.decode(*a, signed)], [state_steps.decode(form, b, signed, path)])
+
+NUMBERS = dict(beta1=.9, fresh1=1 - .9, beta2=.95, fresh2=1 - .95, keep=1 - 1e-4, step=1e-3)
+@paths
+@both
+@pytest.mark.parametrize("shape", [(7, 300), (3, 5), (1, 256), (20, 1024), (1, 1), (0, 9)])
+def test_a_step_is_that_of_torch(path, form, shape):
+    possible(path)
+    w = torch.randn(shape, generator=rng(5)); A = [w.clone(), form.encode(torch.zeros(shape), True), form.encode(torch.zeros(shape), False), w.clone(), form.encode(torch.zeros(shape), True)]
+    B = [x.clone() if torch.is_tensor(x) else tuple(t.clone() for t in x) for x in A]
+    for t in range(4):
+        g = numbers(t, *shape)
+        if shape[1] > 8: g[:,::3] = 0; g[0 if len(g) else slice(0),7] = math.nan if t == 2 else 1.
+        state_steps._adamw(form, A[0], g, *A[1:3], **NUMBERS, root=1.3, eps=1e-8); state_steps.adamw(form, B[0], g, *B[1:3], path=path, **NUMBERS, root=1.3, eps=1e-8)
+        state_steps._lion(form, A[3], g, A[4], **NUMBERS); state_steps.lion(form, B[3], g, B[4], path=path, **NUMBERS)
+    for a,b in zip(A, B): assert alike([a] if torch.is_tensor(a) else a, [b] if torch.is_tensor(b) else b)
+
+def test_threads_change_nothing(monkeypatch):
+    w, g = numbers(1, 600, 300), numbers(2, 600, 300); ends = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        m, v, θ = FORMS[0].encode(torch.zeros(600, 300), True), FORMS[0].encode(torch.zeros(600, 300), False), w.clone()
+        for _ in range(2): state_steps.adamw(FORMS[0], θ, g, m, v, **NUMBERS, root=1.3, eps=1e-8)
+        ends.append((θ, *m, *v))
+    assert alike(*ends)
+
+# Optimizers: the contract
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumes_to_the_bit_at_every_step(name, dtype):
+    P, files = start(dtype), []; o = make(name, P, lr=.01)
+    for t in range(5):
+        torch.save(dict(P={n: p.detach() for n,p in P.items()}, o=o.state_dict()), f := io.BytesIO()); files.append(f)
+        train(P, o, t, 1)
+    assert all(torch.is_tensor(v) for s in o.state.values() for v in s.values()) and any(v.dtype == torch.uint8 for s in o.state.values() for v in s.values())
+    for at,f in enumerate(files):
+        f.seek(0); saved = torch.load(f, weights_only=True); Q = {n: p.requires_grad_() for n,p in saved["P"].items()}
+        again = make(name, Q, lr=.5); again.load_state_dict(saved["o"]); train(Q, again, at, 5 - at)
+        assert same(P, Q), at
+
+@every
+def test_follows_the_moments_of_32_bits(name):
+    P, Q = start(), start(); was = start(); whole = getattr(low_bit_states, name).__mro__[2 if name == "LionFP8" else 1]
+    kw = dict(lr=1e-3); a, b = make(name, P, **kw), whole(Q.items(), **kw, **{k: v for k,v in a_kw(name).items()}); train(P, a, 0, 8); train(Q, b, 0, 8)
+    for n in P:
+        off = (P[n] - Q[n]).norm()/(Q[n] - was[n]).norm().clamp_min(1e-3)
+        assert off < (.25 if "Lion" in name else .12), (n, off)                       # a sign near 0 may turn; a code is off by a few percent
+def a_kw(name): return (dict(gap=3) if name[:4] in ("APOL", "Mini", "GaLo") else {}) | (dict(rank=33) if name[:4] in ("APOL", "GaLo") else {})
+
+@pytest.mark.parametrize("name", ["AdamW8", "AdamFP8", "Lion8", "LionFP8"])
+def test_without_a_compiler_it_is_the_same_to_the_bit(name, monkeypatch):
+    P, Q = start(), start(); train(P, a := make(name, P, lr=.01), 0, 3)
+    monkeypatch.setattr(state_steps.native, "load", lambda _: None)
+    train(Q, b := make(name, Q, lr=.01), 0, 3)
+    assert same(P, Q) and all(alike(a.state[P[n]].values(), b.state[Q[n]].values()) for n in P)
+
+@every
+def test_a_bad_number_stays_in_its_block(name):
+    P, Q = start(), start()
+    def spoilt(n, t):
+        g = gradient(n, t)
+        if n == "embed.weight" and t == 1: g[2,10] = math.nan
+        return g
+    train(P, make(name, P, lr=.01), 0, 4, spoilt); train(Q, make(name, Q, lr=.01), 0, 4)
+    for n in P:
+        same_ = torch.isclose(P[n], Q[n], rtol=1e-5, atol=1e-6)
+        if n == "embed.weight": same_[2,:256] = True
+        assert same_.all(), n
+
+@every
+def test_zero_gradients_move_nothing_and_a_late_start_is_not_frozen(name):
+    P, was = start(), start(); o = make(name, P, lr=.01, weight_decay=0.)
+    train(P, o, 0, 2, lambda n, t: torch.zeros(SHAPES[n])); assert same(P, was)
+    train(P, o, 2, 8)
+    for n in P: assert (P[n] - was[n]).abs().max() > 1e-3 and not P[n].isnan().any(), n
+
+@pytest.mark.parametrize("name", ["AdamW8", "LionFP8", "GaLore8"])
+def test_frozen_unused_transposed_and_empty_parameters(name):
+    P = {"q.weight": torch.randn(70, 60, generator=rng(5)).mT, "up.weight": torch.randn(100, 40, generator=rng(6))[::2], "unused": torch.randn(40, 40), "empty": torch.zeros(0, 40)}
+    P = {n: p.requires_grad_() for n,p in P.items()}; Q = {n: p.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for n,p in P.items()}
+    kw = dict(rank=33) if name == "GaLore8" else {}; a, b = (member("optimizers", f"low_bit_states.{name}")(X.items(), lr=.01, **kw) for X in (P, Q))
+    for t in range(4):
+        for n in P:
+            if n == "unused": continue
+            g = torch.randn(tuple(P[n].shape)[::-1], generator=rng(8, t)); P[n].grad = g.mT; Q[n].grad = P[n].grad.clone(memory_format=torch.contiguous_format)
+        a.step(); b.step()
+    for n in P: assert torch.allclose(P[n], Q[n], rtol=1e-5, atol=1e-6) and not P[n].isnan().any(), n
+    assert not a.state.get(P["unused"]) and not a.state.get(P["empty"])
+
+@every
+@given(st.lists(st.lists(st.integers(0, 70), max_size=3), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=5, deadline=None)
+def test_the_ledger_is_exact(name, sizes, half):
+    shapes = {("embed" if i == 1 else "q") + f"{i}.weight": tuple(s) for i,s in enumerate([*sizes, [40, 50]])}
+    P = {n: torch.zeros(s, dtype=torch.bfloat16 if half else torch.float32).requires_grad_() for n,s in shapes.items()}; o = member("optimizers", f"low_bit_states.{name}")(P.items())
+    for t,p in enumerate(P.values()): p.grad = torch.randn(p.shape, generator=rng(t)).to(p.dtype)
+    o.step()
+    assert type(o).state_bytes(shapes) == bits(o)
+
+def test_a_byte_and_its_block_by_hand():
+    for n,codes in (("AdamW8", 2*(1 + 4/256)), ("AdamFP8", 2*(1 + 5/128)), ("Lion8", 1 + 4/256)):
+        assert getattr(low_bit_states, n).state_bytes({"w": (1024, 512)}) == int(1024*512*codes) + 4
+
+@every
+def test_the_planner_knows_it(name):
+    from paretolab.frontier import budget
+    from paretolab.models.shape import Shape
+    shape, O = Shape(vocab=99, dim=48, ff=80, layers=2, heads=3, kv_heads=1, context=8), member("optimizers", f"low_bit_states.{name}")
+    p, whole = budget.plan(shape, O, 4, 1, 8), budget.plan(shape, O.__mro__[2 if name == "LionFP8" else 1], 4, 1, 8)
+    assert p["optimizer"] == O.state_bytes(budget._shapes(shape)) < whole["optimizer"] and 0 <= budget.workspace(O, shape) < 8*4*shape.parameters
+
+def test_a_step_takes_nothing_beside_its_state():
+    from paretolab.frontier import budget
+    if native.load("state_steps.cpp") is None: pytest.skip("no C++ compiler")
+    assert budget._rehearse(low_bit_states.AdamW8, {"w": (64, 256), "u": (3, 512)}) < 64           # a counter of steps
+
+SPOILT = [("exp_avg", lambda v: v.float(), "torch.float32"), ("exp_avg", lambda v: v[:-1], r"\(47, 70\)"), ("exp_avg_scale", lambda v: v.double(), "torch.float64"), ("exp_avg_scale", lambda v: v[:,:0], r"\(48, 0\)"), ("exp_avg_sq_scale", None, "missing"), ("step", lambda v: v.view(1), r"\(1,\)")]
+@pytest.mark.parametrize("key, change, says", SPOILT)
+def test_a_damaged_state_is_refused(key, change, says):
+    P = start(); o = make("AdamW8", P); train(P, o, 0, 1); saved = o.state_dict()
+    i = next(j for g,h in zip(saved["param_groups"], o.param_groups) for j,n in zip(g["params"], h["param_names"]) if n == "blocks.0.q.weight")
+    held = dict(saved["state"][i]); held.pop(key) if change is None else held.update({key: change(held[key])})
+    with pytest.raises(ValueError, match=f"the saved {key} of 'blocks.0.q.weight' is .*{says}"): make("AdamW8", start()).load_state_dict(saved | dict(state=saved["state"] | {i: held}))
+
+def test_the_state_of_another_format_is_refused():
+    from paretolab.optimizers.adamw import AdamW
+    P = start(); kinds = [AdamW, low_bit_states.AdamW8, low_bit_states.AdamFP8]
+    for a in kinds:
+        o = a(P.items()); train(P, o, 0, 1)
+        for b in kinds:
+            if a is b: continue
+            with pytest.raises(ValueError, match="where .* is needed"): b(start().items()).load_state_dict(o.state_dict())
+
+def test_doubles_are_refused():
+    with pytest.raises(ValueError, match="32 or 16 bits.*'q'"): low_bit_states.AdamW8([("q", torch.zeros(80, 80, dtype=torch.float64))])
+    low_bit_states.AdamW8([("norm", torch.zeros(8, dtype=torch.float64))])
+
+# Processes
+
+CHILD = r'''
+import os, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from paretolab.optimizers import low_bit_states as L
+world = int(os.environ["WORLD_SIZE"]); torch.set_num_threads(1)
+dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (world,))
+SHAPES = {"embed.weight": (11, 300), "up.weight": (97, 48), "odd.weight": (50, 333), "conv": (7, 3, 30), "tiny.weight": (2, 40), "norm.weight": (33,)}
+def gradients(t): g = torch.Generator().manual_seed(t); return {n: torch.randn(s, generator=g) for n,s in SHAPES.items()}
+whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
+for kind in (L.AdamW8, L.AdamFP8, L.Lion8, L.LionFP8, L.APOLLO8, L.GaLore8, L.MiniFP8):
+    kind.states.least = 64; low = kind.__mro__[1].__name__ in ("APOLLO", "Mini", "GaLore"); kw = dict(rank=40, gap=3) if kind in (L.APOLLO8, L.GaLore8) else {}
+    shapes = {n: s for n,s in SHAPES.items() if not low or min(s) > 39 or len(s) != 2 or n.startswith("embed")}
+    ends = []
+    for spread in (lambda w: w, lambda w: distribute_tensor(w, mesh, [Shard(0)])):
+        P = {n: nn.Parameter(spread(g.clone())) for n,g in gradients(99).items() if n in shapes}; o = kind(P.items(), lr=0.1, **kw)
+        if kind is L.GaLore8: o.basis = lambda gram, r, start: torch.linalg.qr(start)[0][:,:r]
+        for t in range(5):
+            for n,g in gradients(t).items():
+                if n in shapes: P[n].grad = spread(g)
+            o.step()
+        ends.append({n: (whole(p.detach()), {k: whole(v) for k,v in o.state[p].items()}) for n,p in P.items()})
+    for n in shapes:
+        (a, s), (b, t) = ends[0][n], ends[1][n]
+        exact = not low or n.startswith("embed") or len(shapes[n]) > 2
+        if len(shapes[n]) > 1 and exact: assert torch.equal(a, b) and s.keys() == t.keys() and all(torch.equal(s[k], t[k]) for k in s), (kind, n)     # codes, scales and weights
+        else: assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 if n == "norm.weight" else 2e-2), (kind, n, (a - b).abs().max())
+        for k in s:
+            if s[k].dtype == torch.uint8: assert (s[k] != t[k]).float().mean() <= (0 if exact else .01), (kind, n, k)
+try: L.AdamW8([("w", nn.Parameter(distribute_tensor(torch.zeros(96, 48), mesh, [Shard(1)])))])
+except ValueError as e: assert "along its first dimension" in str(e)
+else: raise AssertionError
+def model(): torch.manual_seed(0); return nn.Sequential(nn.Linear(40, 90, bias=False), nn.RMSNorm(90), nn.Linear(90, 40, bias=False))
+def train(m, o, at, steps):
+    for t in range(at, at + steps):
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(t)); o.zero_grad(); m(x).pow(2).mean().backward(); o.step()
+m = fully_shard(model()); o = L.AdamFP8(m.named_parameters(), lr=1e-2); train(m, o, 0, 3); ms, os_ = get_state_dict(m, o)
+again = fully_shard(model()); o2 = L.AdamFP8(again.named_parameters(), lr=1e-2); set_state_dict(again, o2, model_state_dict=ms, optim_state_dict=os_)
+train(again, o2, 3, 3); train(m, o, 3, 3)
+assert any(v.dtype == torch.uint8 for s in o2.state.values() for v in s.values())
+for p,q in zip(m.parameters(), again.parameters()): assert torch.equal(p.full_tensor(), q.full_tensor())
+dist.barrier(); dist.destroy_process_group(); os._exit(0)
+'''
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_codes_are_the_same_at_every_number_of_processes(world):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--no-python", sys.executable, "-c", CHILD]
+    done = subprocess.run(run, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
+
+# Mutants of our own text: each has to be noticed
+
+def codes_are_right(m):
+    for form in (m.Tree(), m.Expanded()):
+        for signed in (True, False):
+            for x in (numbers(1, 3, 300), HOSTILE):
+                x = x if signed else x.abs(); got = form.encode(x, signed)
+                for a,b in zip(got, (tree if form.kind == 0 else expanded)(x.numpy(), signed)): assert a.shape == b.shape and np.array_equal(a.numpy(), b, equal_nan=b.dtype == np.float32)
+                y = form.decode(*got, signed)
+                if form.kind and len(x) == 3: assert ((y - x).abs() <= .6*x.abs()).all()
+                ok = (x.abs() > .2*x.abs().amax(1, keepdim=True)) & (x.abs() > 1e-37)
+                assert ((y - x).abs()[ok & x.isfinite()] <= .05*x.abs()[ok & x.isfinite()]).all() and (y.sign() == x.sign())[ok & x.isfinite()].all()
+
+def optimizers_are_right(m):
+    for kind in (m.AdamW8, m.LionFP8, m.GaLore8): kind.states.least = 64
+    shapes = {"embed.weight": (7, 300), "conv": (5, 3, 12), "narrow": (70, 3, 2), "q.weight": (70, 48), "norm.weight": (64,)}
+    for kind,whole in ((m.AdamW8, m.AdamW), (m.LionFP8, m.Lion), (m.GaLore8, m.GaLore)):
+        P, Q, was = (start(shapes=shapes) for _ in range(3)); a, b = (k(X.items(), lr=1e-3, weight_decay=.5, **dict(rank=33, alpha=2.) if whole is m.GaLore else {}) for k,X in ((kind, P), (whole, Q)))
+        for t in range(6):
+            for n in P: P[n].grad = gradient(n, t, shapes); Q[n].grad = P[n].grad.clone()
+            a.step(); b.step()
+        for n in P: assert (P[n] - Q[n]).norm()/(Q[n] - was[n]).norm() < .25, n
+        assert kind.state_bytes(shapes, 33) == bits(a) < .6*bits(b)
+    w = torch.full((40, 40), 1.).bfloat16().requires_grad_(); o = m.AdamW8([("w", w)], lr=.1, weight_decay=0.); w.grad = torch.ones_like(w); o.step()
+    assert torch.allclose(w.float(), torch.tensor(.9), rtol=4e-3) and [m.Small(m.Tree()).small(s) for s in ((64, 64), (64, 63), (200, 31), (8192,))] == [True, False, False, False]
+    with pytest.raises(ValueError): m.AdamW8([("q", torch.zeros(80, 80, dtype=torch.float64))])
+
+def native_is_right(path):
+    lib = native.load(path); old, native.load = native.load, lambda _: lib
+    try:
+        for k in range(lib.best_path() + 1):
+            for form in FORMS:
+                for signed in (True, False): test_every_instruction_set_makes_the_same_codes(k, form, signed)
+                test_a_step_is_that_of_torch(k, form, (7, 300))
+    finally: native.load = old
+
+MUTANTS = [(codes_are_right, "state_codes", old, new) for old,new in ((".9*D/N, D*(.45/N - .8)", ".9*D/N, D*(.45/N - .9)"), ("first - .5 - N/9", "first - N/9"), (".minimum(last)", ""), ("p.clamp_max(127)", "p"), ("p.clamp_min((v > 0).long())", "p"), ("s.isfinite() & (s >= _TINY)", "s >= _TINY"),
+    ("x.amax(-1)", "x.mean(-1)"), ("c > 128, -v", "c > 127, -v"), (".clamp(2, 128)", ".clamp(2, 255)"), ("kept, a, torch.inf", "kept, a, 0."), ("(c & 7) + 8*(e == 0)", "c & 7"), ("e - 15)/k", "e - 14)/k"), ("- 58).clamp_max(0)", "- 57).clamp_max(0)"), ("block, kind = 128", "block, kind = 64"), ("k[...,None]*.0625*", ""))] + [
+    (optimizers_are_right, "low_bit_states", old, new) for old,new in (("exp_avg=p, exp_avg_sq=p", "exp_avg=p"), ("1 - β2**t)**-0.5", "1 - β2**t)**0.5"), ('step=g["lr"]/(1 - β1**t)', 'step=g["lr"]'), ('1 - g["lr"]*g["weight_decay"]', "1"), ("fresh1=1 - β1", "fresh1=1"), ('encode(self.form, value, key == "exp_avg")', 'encode(self.form, value, False)'),
+    ("o.put(p, w)", "pass"), (">= 32", ">= 31"), (">= self.least", "> self.least"), ("p.dtype == torch.float64", "False"), ("self.form.block)", "self.form.block + 1)"), ('key == "exp_avg")', 'key == "exp_avg_sq")'))]
+ROOT = Path(state_codes.__file__).parent
+
+@pytest.mark.parametrize("check, module, old, new", MUTANTS, ids=[f"{m}: {o} → {n}"[:70] for _,m,o,n in MUTANTS])
+def test_a_mutant_is_noticed(check, module, old, new):
+    text = (ROOT/f"{module}.py").read_text()
+    assert old in text, "the mutant's line is gone: write it anew"
+    m = types.ModuleType(f"paretolab.optimizers.{module}"); m.__package__ = "paretolab.optimizers"
+    with pytest.raises((Exception, pytest.fail.Exception)): exec(compile(text.replace(old, new), module, "exec"), vars(m)); check(m)
+
+@pytest.mark.parametrize("check, module", [(codes_are_right, "state_codes"), (optimizers_are_right, "low_bit_states")])
+def test_an_unchanged_module_passes(check, module):
+    m = types.ModuleType(f"paretolab.optimizers.{module}"); m.__package__ = "paretolab.optimizers"
+    exec(compile((ROOT/f"{module}.py").read_text(), module, "exec"), vars(m)); check(m)
+
+NATIVE = [("y > 0x1p-31f", "y > 0x1p-3f"), ("larger(bits(p), every(0x4b400000 - 127))", "bits(p)"), ("(c > 128) & INT32_MIN", "(c > 127) & INT32_MIN"), ("smaller(bits(x), every(1))", "every(0)"), ("p < l ? p : l", "p"), ("top >= 0x7f800000) s = NAN", "false) s = NAN"), ("a >= 0x800000 ? c : I{}", "c"), ("(x == 0) & 8", "(x == 1) & 8"),
+    ("k < n) f(k, n - k)", "false) f(k, n - k)"), ("V[k / WIDTH] = y = only(y, l)", "V[k / WIDTH] = y"), ("beta2 * y + fresh2 * d * d", "beta2 * y + fresh2 * d"), ("unbias + eps", "unbias"), ("16 * t.range", "15 * t.range")]
+@pytest.mark.soak
+@pytest.mark.parametrize("old, new", NATIVE)
+def test_a_mutant_of_the_native_pass_is_noticed(old, new, tmp_path):
+    text = (ROOT.parent/"kernels"/"csrc"/"state_steps.cpp").read_text()
+    assert old in text, "the mutant's line is gone: write it anew"
+    (tmp_path/"state_steps.cpp").write_text(text.replace(old, new))
+    with pytest.raises(AssertionError): native_is_right(tmp_path/"state_steps.cpp")
