@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['APOLLO', 'Mini']
 
-# %% ../../../nbs/optimizers/apollo.ipynb #b18f3ba5
+# %% ../../../nbs/optimizers/apollo.ipynb #992c4fa6
 import torch
 from fastcore.basics import patch
 from .adamw import adamw
-from .lowrank import Layout, LowRank, gaussian, rank_of, total
+from torch.distributed.tensor import DTensor
+from ..kernels import steps
+from .lowrank import Layout, LowRank, Sparse, rank_of, total
 
-# %% ../../../nbs/optimizers/apollo.ipynb #efdec87a
+# %% ../../../nbs/optimizers/apollo.ipynb #f19cdf1e
 class APOLLO(LowRank):
     "Each channel of a matrix scaled by what AdamW does to a random projection of it."
-    channels, growth, projection = True, 1.01, staticmethod(gaussian)
+    channels, growth, projection = True, 1.01, Sparse()
     def __init__(self,
         named_parameters, # (name, parameter) pairs, as from `model.named_parameters()`
         *,
@@ -26,10 +28,9 @@ class APOLLO(LowRank):
         eps:float=1e-6, # ϵ
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
-        seed:int=0, # of the projections
     ):
         if not alpha > 0: raise ValueError(f"the factor of the update has to be above 0 (got {alpha=})")
-        super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize, seed=seed))
+        super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
     def slots(rule, shape, rank=None):
@@ -39,30 +40,32 @@ class APOLLO(LowRank):
 
     def update(self, g, named):
         if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
-        scales, layouts = [self._scale(g, n, p) for n,p in named], [Layout(p) for _,p in named]
-        sums = total(layouts, [s[-1] for s in scales])
-        for (_,p),layout,scale,x in zip(named, layouts, scales, sums): self._apply(g, p, layout, *scale[:-1], x)
+        shared = [x for x in named if isinstance(x[1], DTensor)]
+        for part in [*([x] for x in named if not isinstance(x[1], DTensor)), shared]:      # a gradient that was just read is still in the cache
+            layouts = [Layout(p) for _,p in part]
+            scales = [self._scale(g, n, p, l) for (n,p),l in zip(part, layouts)]
+            sums = total(layouts, [s[-1] for s in scales])
+            for (_,p),layout,scale,x in zip(part, layouts, scales, sums): self._apply(g, p, layout, *scale[:-1], x)
 
 # %% ../../../nbs/optimizers/apollo.ipynb #8f1dd85d
 def _ratio(a, b): return torch.where(b > 0, a/b, torch.zeros_like(b)).sqrt()
 
-# %% ../../../nbs/optimizers/apollo.ipynb #60d04265
+# %% ../../../nbs/optimizers/apollo.ipynb #69e8cd4f
 @patch
-def _scale(self:APOLLO, g, n, p):
+def _scale(self:APOLLO, g, n, p, layout):
     "Moments, and the scale of each channel; the step, and the squares that are still to be summed over processes."
-    layout, r = Layout(p), rank_of(p.shape, g["rank"])
-    G = layout.rows(self.gradient(g, p))
+    r, G = rank_of(p.shape, g["rank"]), layout.rows(self.gradient(g, p))
     if not self.state[p]:
         self.begin(p, exp_avg=layout.zeros(G, r), exp_avg_sq=layout.zeros(G, r))
         self.state[p]["norm"] = G.new_zeros(())
     t = self.tick(p)
-    R = layout.project(G, self.projection(g["seed"], n, (t - 1)//g["gap"], r, layout.m).to(G))
-    a, b, c = (x.square().sum(1) for x in (self.moments(g, p, R), R, G))      # of each channel
+    R, c = layout.measure(G, self.drawn(n, p, (t - 1)//g["gap"], r, layout.m))
+    a, b = self.moments(g, p, R)                                              # a, b, c: squares of each channel
     if self.channels: return t, (s := _ratio(a, b)), (s*s*c).sum()[None]
     own, shared = torch.stack([a.sum(), b.sum()]), c.sum()[None]
     return (t, None, torch.cat([shared, own])) if layout.aligned else (t, _ratio(*own), shared)
 
-# %% ../../../nbs/optimizers/apollo.ipynb #5a74dfdd
+# %% ../../../nbs/optimizers/apollo.ipynb #a5ef9f6a
 @patch
 def _apply(self:APOLLO, g, p, layout, t, s, squares):
     "Limit the update's norm, and move the weights."
@@ -72,11 +75,12 @@ def _apply(self:APOLLO, g, p, layout, t, s, squares):
     self.state[p]["norm"] = torch.where(limited > 0, limited, before)
     η = g["lr"]*g["alpha"]*(1 - β2**t)**0.5/(1 - β1**t)
     step = η*s*torch.where(norm > 0, limited/norm, norm)
-    w = self.weight(p)
-    layout.rows(w).mul_(1 - g["lr"]*g["weight_decay"]).sub_(layout.rows(self.gradient(g, p))*(step[:,None] if self.channels else step))
+    w, keep = self.weight(p), 1 - g["lr"]*g["weight_decay"]
+    W, G = layout.rows(w), layout.rows(self.gradient(g, p))
+    if not steps.apply(W, G, step, keep): W.mul_(keep).sub_(G*(step[:,None] if self.channels else step))
     self.put(p, w)
 
-# %% ../../../nbs/optimizers/apollo.ipynb #d36f20ac
+# %% ../../../nbs/optimizers/apollo.ipynb #78fb0289
 class Mini(APOLLO):
     "APOLLO with one direction and one scale for each matrix."
     channels = False
@@ -90,9 +94,8 @@ class Mini(APOLLO):
         eps:float=1e-6, # ϵ
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
-        seed:int=0, # of the projections
     ):
-        super().__init__(named_parameters, lr=lr, rank=1, alpha=alpha, gap=gap, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, seed=seed)
+        super().__init__(named_parameters, lr=lr, rank=1, alpha=alpha, gap=gap, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
 
     @staticmethod
     def slots(rule, shape, rank=None): return APOLLO.slots(rule, shape, 1)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Lion']
 
-# %% ../../../nbs/optimizers/lion.ipynb #6b35ad12
+# %% ../../../nbs/optimizers/lion.ipynb #399109a8
 import torch
+from ..kernels import steps
 from .contract import Optimizer, working
 
-# %% ../../../nbs/optimizers/lion.ipynb #89bbbb5a
+# %% ../../../nbs/optimizers/lion.ipynb #92da5d2b
 class Lion(Optimizer):
     "The sign of an interpolated momentum, for every parameter."
     def __init__(self,
@@ -33,5 +34,6 @@ class Lion(Optimizer):
             if not self.state[p]: self.begin(p, exp_avg=torch.zeros_like(p, dtype=working(p)))
             self.tick(p)
             m, g, θ = self.states.read(self.state[p], "exp_avg"), self.gradient(group, p), self.weight(p)
-            θ.mul_(1 - η*group["weight_decay"]).sub_(torch.lerp(g, m, β1).sign_(), alpha=η)
-            self.states.write(self.state[p], "exp_avg", m.lerp_(g, 1 - β2)); self.put(p, θ)
+            if not steps.lion(θ, g, m, η, (β1, β2), keep := 1 - η*group["weight_decay"]):
+                θ.mul_(keep).sub_(torch.lerp(g, m, β1).sign_(), alpha=η); m.lerp_(g, 1 - β2)
+            self.states.write(self.state[p], "exp_avg", m); self.put(p, θ)
