@@ -373,7 +373,7 @@ def test_rounding_at_random_is_right_on_average_and_depends_on_no_order():
 
 ROOT = Path(importlib.import_module("paretolab.optimizers.contract").__file__).parent
 def late_start(name):
-    was = start(); o = make(name, Q := start(), lr=.01); train(Q, o, 0, 1, lambda n, t: torch.zeros(SHAPES[n])); train(Q, o, 1, 5)
+    was = start(torch.float64); o = make(name, Q := start(torch.float64), lr=.01); train(Q, o, 0, 1, lambda n, t: torch.zeros(SHAPES[n])); train(Q, o, 1, 5)
     assert all((Q[n] - was[n]).abs().max() > 1e-3 and not Q[n].isnan().any() for n in Q)
 def definition(name): assert against(name) < (1e-6 if name == "baselines.NAdamW" else 1e-10)
 def half(name):
@@ -393,7 +393,7 @@ MUTANTS = [  # module, its text, the mutant's, the optimizer, the check
     ("lowrank", "and not is_end(name)", "", "apollo.APOLLO", definition), ("lowrank", "/{name}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "/{refresh}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "r > min(p.shape)", "r > max(p.shape)", "apollo.APOLLO", lambda name: test_ranks_that_cannot_be_are_refused(name, 2, "rank=2")),
     ("galore", "gram(Z))[1].flip(1)", "gram(Z))[1]", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()), ("galore", "[1].flip(1)[:,:r].contiguous()", "[1][:,:r].contiguous()", "galore.GaLore", definition), ("galore", "< 0, -1., 1.)", "> 0, -1., 1.)", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()),
     ("galore", '(t - 1) % g["gap"] == 0', 't == 1', "galore.GaLore", definition), ("galore", 'g["lr"]*g["alpha"]', 'g["lr"]', "galore.GaLore", definition),
-    ("lion", "torch.lerp(g, m, β1)", "torch.lerp(g, m, β2)", "lion.Lion", definition), ("lion", ".sign_()", "", "lion.Lion", definition), ("lion", "1 - β2", "β2", "lion.Lion", definition), ("lion", 'η*group["weight_decay"]', '0', "lion.Lion", definition),
+    ("lion", "torch.lerp(g, m, β1)", "torch.lerp(g, m, β2)", "lion.Lion", definition), ("lion", ".sign_()", "", "lion.Lion", definition), ("lion", "1 - β2", "β2", "lion.Lion", definition), ("lion", 'group["lr"]*group["weight_decay"]', '0', "lion.Lion", definition),
     ("sophia", ".clamp_(-1, 1)", "", "sophia.Sophia", definition), ("sophia", 'group["gamma"]*h', 'h', "sophia.Sophia", definition), ("sophia", "1 - β2))", "β2))", "sophia.Sophia", definition), ("sophia", '% self.param_groups[0]["gap"] == 0', '% self.param_groups[0]["gap"] == 1', "sophia.Sophia", definition),
     ("scale", '0 if g["rule"] == "embedding" else 1', "1", "scale.SCALE", definition), ("scale", '1 - g["momentum"]', 'g["momentum"]', "scale.SCALE", definition), ("scale", "rms > 0, G/rms", "rms >= 0, G/rms", "scale.SCALE", late_start), ("scale", "squares/p.shape[axis]", "squares", "scale.SCALE", definition),
     ("adamw", 'weight_decay=g["weight_decay"], eps=g["eps"], maximize', 'weight_decay=0.1, eps=g["eps"], maximize', "adamw.AdamW", definition), ("adamw", 'maximize=g["maximize"])', "maximize=False)", "adamw.AdamW", up), ("adamw", "[w.contiguous() for w in W]", "W", "adamw.AdamW", lambda name: test_empty_and_transposed_tensors(name)), ("adamw", "dtype=working(p)", "dtype=p.dtype", "adamw.AdamW", half),

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Lion']
 
-# %% ../../../nbs/optimizers/lion.ipynb #399109a8
+# %% ../../../nbs/optimizers/lion.ipynb #bb019576
 import torch
 from ..kernels import steps
-from .contract import Optimizer, working
+from .contract import Optimizer, Whole, working
 
-# %% ../../../nbs/optimizers/lion.ipynb #92da5d2b
+# %% ../../../nbs/optimizers/lion.ipynb #94bcdd3a
 class Lion(Optimizer):
     "The sign of an interpolated momentum, for every parameter."
     def __init__(self,
@@ -29,11 +29,15 @@ class Lion(Optimizer):
     def slots(rule, shape, rank=None): return dict(exp_avg=shape, step=())
 
     def update(self, group, named):
-        (β1, β2), η = group["betas"], group["lr"]
-        for _,p in named:
-            if not self.state[p]: self.begin(p, exp_avg=torch.zeros_like(p, dtype=working(p)))
+        as_it_is = lambda p: type(self.states) is Whole and p.dtype == working(p) and not group["maximize"]     # nothing has to be copied: all at once
+        for part in [[p for _,p in named if as_it_is(p)], *([p] for _,p in named if not as_it_is(p))]: self._part(group, part)
+
+    def _part(self, group, params):
+        (β1, β2), η, keep = group["betas"], group["lr"], 1 - group["lr"]*group["weight_decay"]
+        for p in params:
+            if not self.state[p]: self.begin(p, exp_avg=torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format))
             self.tick(p)
-            m, g, θ = self.states.read(self.state[p], "exp_avg"), self.gradient(group, p), self.weight(p)
-            if not steps.lion(θ, g, m, η, (β1, β2), keep := 1 - η*group["weight_decay"]):
-                θ.mul_(keep).sub_(torch.lerp(g, m, β1).sign_(), alpha=η); m.lerp_(g, 1 - β2)
-            self.states.write(self.state[p], "exp_avg", m); self.put(p, θ)
+        M, G, Θ = zip(*((self.states.read(self.state[p], "exp_avg"), self.gradient(group, p), self.weight(p)) for p in params)) if params else ((), (), ())
+        if not steps.lion(Θ, G, M, η, (β1, β2), keep):
+            for θ,g,m in zip(Θ, G, M): θ.mul_(keep).sub_(torch.lerp(g, m, β1).sign_(), alpha=η); m.lerp_(g, 1 - β2)
+        for p,m,θ in zip(params, M, Θ): self.states.write(self.state[p], "exp_avg", m); self.put(p, θ)

@@ -41,7 +41,7 @@ template <class F> static void share(int64_t n, int64_t each, int64_t threads, F
     for (auto& t : others) t.join();
 }
 
-extern "C" void lion(float* w, const float* g, float* m, int64_t n, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
+static void lion_one(float* w, const float* g, float* m, int64_t n, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
     share(n, 1, threads, [=](int64_t i, int64_t to) {
         const ids step = (ids)all(lr);
         auto each = [&](float* w, const float* g, float* m) {
@@ -58,6 +58,9 @@ extern "C" void lion(float* w, const float* g, float* m, int64_t n, float keep, 
         std::copy(x[0], x[0] + (to - i), w + i);
         std::copy(x[2], x[2] + (to - i), m + i);
     });
+}
+extern "C" void lion(int64_t count, float** w, float** g, float** m, const int64_t* n, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
+    for (int64_t k = 0; k < count; k++) lion_one(w[k], g[k], m[k], n[k], keep, lr, b1, c1, b2, c2, threads);
 }
 
 template <int64_t d> static inline __attribute__((always_inline)) void exchange(vec* t) { // bit d of the row's number with that of the column's
@@ -200,4 +203,28 @@ extern "C" void apply(float* w, const float* g, int64_t rows, int64_t columns, i
             else for (int64_t j = 0; j < columns; j++) x[j] = keep * x[j] - s * y[j];
         }
     });
+}
+
+static float total(const float* x, int64_t n) { double s = 0; for (int64_t j = 0; j < n; j++) s += x[j]; return float(s); }
+
+static void scales(const float* a, const float* b, float* c, int64_t n, bool channels, float growth, float lr, float* norm, float* step) { // c becomes s²c
+    auto ratio = [](float a, float b) { return b > 0 ? std::sqrt(a / b) : 0.f; };
+    const float one = channels ? 0 : ratio(total(a, n), total(b, n));
+    for (int64_t j = 0; j < n; j++) { step[j] = channels ? ratio(a[j], b[j]) : one; c[j] *= channels ? step[j] * step[j] : 1; }
+    const float now = std::sqrt(total(c, n)) * (channels ? 1 : one), most = growth * *norm;
+    const float limited = *norm > 0 && now > most ? most : now;
+    if (limited > 0) *norm = limited;
+    const float factor = lr * (now > 0 ? limited / now : now);
+    for (int64_t j = 0; j < n; j++) step[j] *= factor;
+}
+
+extern "C" void apollo(float* w, const float* g, const int32_t* at, const float* sign, const float* p, float* R, float* M, float* V, float* norm, float* sums,
+                       int64_t n, int64_t m, int64_t tall, int64_t s, int64_t r, int64_t channels, float b1, float c1, float b2, float c2, float eps, float growth, float lr, float keep, int64_t threads) {
+    float *a = sums, *b = a + n, *c = b + n, *step = c + n;
+    if (at) sketch(g, n, m, tall, at, sign, s, r, R, c, threads);
+    else direction(g, n, m, tall, p, p ? R : nullptr, c, threads); // without either, R is made already
+    moments(R, M, V, n, r, b1, c1, b2, c2, eps, a, b, threads);
+    scales(a, b, c, n, channels, growth, lr, norm, step);
+    if (tall) apply(w, g, n, m, channels ? 1 : 0, step, keep, threads);
+    else apply(w, g, m, n, channels ? 2 : 0, step, keep, threads);
 }
