@@ -9,6 +9,7 @@ from torch import nn
 from paretolab.frontier.budget import _Live
 from paretolab.kernels import native
 from paretolab.optimizers import adamw, apollo, baselines, galore, lion, muon, scale, sophia
+from paretolab.optimizers.contract import is_end
 from paretolab.optimizers.lowrank import Gaussian, Sparse
 
 warnings.simplefilter("ignore")
@@ -38,7 +39,7 @@ def plain(make):
 class Products:
     "Nothing but the products with a projection, once or there and back."
     def __init__(self, named, times):
-        self.pairs = [(p.grad if p.shape[0] >= p.shape[1] else p.grad.mT) for _,p in named if p.ndim == 2]; self.times, self.state = times, {}
+        self.pairs = [(p.grad if p.shape[0] >= p.shape[1] else p.grad.mT) for n,p in named if p.ndim == 2 and not is_end(n)]; self.times, self.state = times, {}
         self.Q = torch.randn(R, 512)
     def step(self):
         for G in self.pairs:

@@ -10,7 +10,7 @@ import torch
 from ..kernels import steps
 from .contract import Optimizer, Whole, working
 
-# %% ../../../nbs/optimizers/lion.ipynb #94bcdd3a
+# %% ../../../nbs/optimizers/lion.ipynb #16e1e04e
 class Lion(Optimizer):
     "The sign of an interpolated momentum, for every parameter."
     def __init__(self,
@@ -36,8 +36,10 @@ class Lion(Optimizer):
         (β1, β2), η, keep = group["betas"], group["lr"], 1 - group["lr"]*group["weight_decay"]
         for p in params:
             if not self.state[p]: self.begin(p, exp_avg=torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format))
-            self.tick(p)
-        M, G, Θ = zip(*((self.states.read(self.state[p], "exp_avg"), self.gradient(group, p), self.weight(p)) for p in params)) if params else ((), (), ())
+        if not params: return
+        held = [self.state[p] for p in params]
+        for s,t in zip(held, torch._foreach_add([s["step"] for s in held], 1)): s["step"] = t
+        Θ, G, M = [self.weight(p) for p in params], [self.gradient(group, p) for p in params], [self.states.read(s, "exp_avg") for s in held]
         if not steps.lion(Θ, G, M, η, (β1, β2), keep):
             for θ,g,m in zip(Θ, G, M): θ.mul_(keep).sub_(torch.lerp(g, m, β1).sign_(), alpha=η); m.lerp_(g, 1 - β2)
-        for p,m,θ in zip(params, M, Θ): self.states.write(self.state[p], "exp_avg", m); self.put(p, θ)
+        for p,s,m,θ in zip(params, held, M, Θ): self.states.write(s, "exp_avg", m); self.put(p, θ)
