@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from paretolab.optimizers import adamw, apollo, baselines, galore, lion, scale, sophia
+from paretolab.optimizers.lowrank import Gaussian
 from paretolab.optimizers.stochastic_rounding import stochastic
 
 world, steps = int(os.environ["WORLD_SIZE"]), int(sys.argv[1])
@@ -20,7 +21,8 @@ DIMS = {n: n == "side.weight" for n in SHAPES}                             # one
 class Given(galore.GaLore): basis = staticmethod(lambda gram, r, start: torch.linalg.qr(start)[0][:,:r])         # a basis that no rounding touches
 class Estimated(sophia.Sophia):                                                                                  # every gradient is also an estimate, of 100 tokens
     def step(self, closure=None): self.observe(100); return super().step(closure)
-KINDS = {"AdamW": (adamw.AdamW, {}), "APOLLO": (apollo.APOLLO, dict(gap=5)), "Mini": (apollo.Mini, dict(gap=5)), "GaLore": (Given, dict(gap=5)), "Lion": (lion.Lion, {}),
+class Dense(apollo.APOLLO): projection = Gaussian()
+KINDS = {"AdamW": (adamw.AdamW, {}), "APOLLO": (apollo.APOLLO, dict(gap=5)), "Dense": (Dense, dict(gap=5)), "Mini": (apollo.Mini, dict(gap=5)), "GaLore": (Given, dict(gap=5)), "Lion": (lion.Lion, {}),
     "Sophia": (Estimated, {}), "SCALE": (scale.SCALE, {}), "NAdamW": (baselines.NAdamW, {})}
 
 def gradients(t): g = torch.Generator().manual_seed(t); return {n: torch.randn(s, generator=g) for n,s in SHAPES.items()}
@@ -127,7 +129,7 @@ def expected(kind, world):
     if kind in ("AdamW", "Lion", "Sophia", "NAdamW"): return 0, 0
     if kind == "SCALE": return 48, 1                                          # the outputs of the matrix that is cut along its inputs
     if kind == "GaLore": return sum(n*RANK[k] for k,n in UNALIGNED.items()), len(UNALIGNED)
-    channels = {"APOLLO": 1, "Mini": 0}[kind]
+    channels = {"APOLLO": 1, "Dense": 1, "Mini": 0}[kind]
     rows = sum(n*(RANK[k] if channels else 1) for k,n in UNALIGNED.items())
     sums = MATRICES if channels else 3*(MATRICES - len(UNALIGNED)) + len(UNALIGNED)
     return rows + sums, len(UNALIGNED) + 1

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['APOLLO', 'Mini']
 
-# %% ../../../nbs/optimizers/apollo.ipynb #b18f3ba5
+# %% ../../../nbs/optimizers/apollo.ipynb #1a6937fe
 import torch
 from fastcore.basics import patch
 from .adamw import adamw
-from .lowrank import Layout, LowRank, gaussian, rank_of, total
+from ..kernels import steps
+from .lowrank import Layout, LowRank, Sparse, rank_of, total
 
-# %% ../../../nbs/optimizers/apollo.ipynb #efdec87a
+# %% ../../../nbs/optimizers/apollo.ipynb #e93e53e7
 class APOLLO(LowRank):
     "Each channel of a matrix scaled by what AdamW does to a random projection of it."
-    channels, growth, projection = True, 1.01, staticmethod(gaussian)
+    channels, growth, projection = True, 1.01, Sparse()
     def __init__(self,
         named_parameters, # (name, parameter) pairs, as from `model.named_parameters()`
         *,
@@ -26,10 +27,9 @@ class APOLLO(LowRank):
         eps:float=1e-6, # ϵ
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
-        seed:int=0, # of the projections
     ):
         if not alpha > 0: raise ValueError(f"the factor of the update has to be above 0 (got {alpha=})")
-        super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize, seed=seed))
+        super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
     def slots(rule, shape, rank=None):
@@ -39,44 +39,68 @@ class APOLLO(LowRank):
 
     def update(self, g, named):
         if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
-        scales, layouts = [self._scale(g, n, p) for n,p in named], [Layout(p) for _,p in named]
-        sums = total(layouts, [s[-1] for s in scales])
-        for (_,p),layout,scale,x in zip(named, layouts, scales, sums): self._apply(g, p, layout, *scale[:-1], x)
+        left = [(n, p, layout, t) for n,p in named for layout,t in [self._start(g, p)] if layout.group or not self._whole(g, n, p, layout, t)]
+        scales = [self._scale(g, *x) for x in left]
+        sums = total([x[2] for x in left], [s[-1] for s in scales])
+        for (_,p,layout,t),(s,_),x in zip(left, scales, sums): self._apply(g, p, layout, t, s, x)
+
+# %% ../../../nbs/optimizers/apollo.ipynb #67af5dab
+@patch
+def _start(self:APOLLO, g, p):
+    "State of the first step, and the number of this one."
+    layout, r = Layout(p), rank_of(p.shape, g["rank"])
+    if not self.state[p]:
+        W = layout.rows(self.weight(p).detach())
+        self.begin(p, exp_avg=layout.zeros(W, r), exp_avg_sq=layout.zeros(W, r))
+        self.state[p]["norm"] = W.new_zeros(())
+    return layout, self.tick(p)
+
+@patch
+def _draw(self:APOLLO, g, n, p, layout, t): return self.drawn(n, p, (t - 1)//g["gap"], rank_of(p.shape, g["rank"]), layout.m)
+
+def _rates(g, t): # of the update, with AdamW's correction, and what is left of the weights
+    β1, β2 = g["betas"]
+    return g["lr"]*g["alpha"]*(1 - β2**t)**0.5/(1 - β1**t), 1 - g["lr"]*g["weight_decay"]
+
+# %% ../../../nbs/optimizers/apollo.ipynb #e7ebac76
+@patch
+def _whole(self:APOLLO, g, n, p, layout, t):
+    "All of the step, in C++ if that can be; was it done?"
+    w, state = self.weight(p).detach(), self.state[p]
+    M, V = (self.states.read(state, k) for k in ("exp_avg", "exp_avg_sq"))
+    norm = state["norm"].clone()
+    if not steps.apollo(layout.rows(w), layout.rows(self.gradient(g, p)), lambda: self._draw(g, n, p, layout, t), (M, V, norm), self.channels, (*g["betas"], g["eps"], self.growth), _rates(g, t)): return False
+    self.states.write(state, "exp_avg", M); self.states.write(state, "exp_avg_sq", V); state["norm"] = norm; self.put(p, w)
+    return True
 
 # %% ../../../nbs/optimizers/apollo.ipynb #8f1dd85d
 def _ratio(a, b): return torch.where(b > 0, a/b, torch.zeros_like(b)).sqrt()
 
-# %% ../../../nbs/optimizers/apollo.ipynb #60d04265
+# %% ../../../nbs/optimizers/apollo.ipynb #f41bf8dd
 @patch
-def _scale(self:APOLLO, g, n, p):
-    "Moments, and the scale of each channel; the step, and the squares that are still to be summed over processes."
-    layout, r = Layout(p), rank_of(p.shape, g["rank"])
-    G = layout.rows(self.gradient(g, p))
-    if not self.state[p]:
-        self.begin(p, exp_avg=layout.zeros(G, r), exp_avg_sq=layout.zeros(G, r))
-        self.state[p]["norm"] = G.new_zeros(())
-    t = self.tick(p)
-    R = layout.project(G, self.projection(g["seed"], n, (t - 1)//g["gap"], r, layout.m).to(G))
-    a, b, c = (x.square().sum(1) for x in (self.moments(g, p, R), R, G))      # of each channel
-    if self.channels: return t, (s := _ratio(a, b)), (s*s*c).sum()[None]
+def _scale(self:APOLLO, g, n, p, layout, t):
+    "Moments, and the scale of each channel; and the squares that are still to be summed over processes."
+    R, c = layout.measure(layout.rows(self.gradient(g, p)), self._draw(g, n, p, layout, t))
+    a, b = self.moments(g, p, R)                                              # a, b, c: squares of each channel
+    if self.channels: return (s := _ratio(a, b)), (s*s*c).sum()[None]
     own, shared = torch.stack([a.sum(), b.sum()]), c.sum()[None]
-    return (t, None, torch.cat([shared, own])) if layout.aligned else (t, _ratio(*own), shared)
+    return (None, torch.cat([shared, own])) if layout.aligned else (_ratio(*own), shared)
 
-# %% ../../../nbs/optimizers/apollo.ipynb #5a74dfdd
+# %% ../../../nbs/optimizers/apollo.ipynb #1e208558
 @patch
 def _apply(self:APOLLO, g, p, layout, t, s, squares):
     "Limit the update's norm, and move the weights."
     if s is None: s = _ratio(*squares[1:])
-    norm, before, (β1, β2) = squares[0].sqrt()*(1 if self.channels else s), self.state[p]["norm"], g["betas"]
+    norm, before, (η, keep) = squares[0].sqrt()*(1 if self.channels else s), self.state[p]["norm"], _rates(g, t)
     limited = torch.where(before > 0, torch.minimum(norm, self.growth*before), norm)
     self.state[p]["norm"] = torch.where(limited > 0, limited, before)
-    η = g["lr"]*g["alpha"]*(1 - β2**t)**0.5/(1 - β1**t)
     step = η*s*torch.where(norm > 0, limited/norm, norm)
     w = self.weight(p)
-    layout.rows(w).mul_(1 - g["lr"]*g["weight_decay"]).sub_(layout.rows(self.gradient(g, p))*(step[:,None] if self.channels else step))
+    W, G = layout.rows(w), layout.rows(self.gradient(g, p))
+    if not steps.apply(W, G, step, keep): W.mul_(keep).sub_(G*(step[:,None] if self.channels else step))
     self.put(p, w)
 
-# %% ../../../nbs/optimizers/apollo.ipynb #d36f20ac
+# %% ../../../nbs/optimizers/apollo.ipynb #78fb0289
 class Mini(APOLLO):
     "APOLLO with one direction and one scale for each matrix."
     channels = False
@@ -90,9 +114,8 @@ class Mini(APOLLO):
         eps:float=1e-6, # ϵ
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
-        seed:int=0, # of the projections
     ):
-        super().__init__(named_parameters, lr=lr, rank=1, alpha=alpha, gap=gap, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, seed=seed)
+        super().__init__(named_parameters, lr=lr, rank=1, alpha=alpha, gap=gap, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
 
     @staticmethod
     def slots(rule, shape, rank=None): return APOLLO.slots(rule, shape, 1)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['exact', 'randomised', 'GaLore']
 
-# %% ../../../nbs/optimizers/galore.ipynb #7edffefa
+# %% ../../../nbs/optimizers/galore.ipynb #1f5d65c9
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from fastcore.basics import patch
 from .adamw import adamw
-from .lowrank import Layout, LowRank, gaussian, rank_of
+from .lowrank import Gaussian, Layout, LowRank, rank_of
 
 # %% ../../../nbs/optimizers/galore.ipynb #35bcbd14
 def _signed(Q):
@@ -39,10 +39,10 @@ def randomised(
     for _ in range(3): Z = torch.linalg.qr(gram(Z))[0]
     return _signed(Z @ torch.linalg.eigh(Z.mT @ gram(Z))[1].flip(1)[:,:r])
 
-# %% ../../../nbs/optimizers/galore.ipynb #c2988240
+# %% ../../../nbs/optimizers/galore.ipynb #9bcd1fe0
 class GaLore(LowRank):
     "AdamW on the leading singular directions of each matrix's gradient."
-    basis = staticmethod(randomised)
+    basis, projection = staticmethod(randomised), Gaussian()                # of the basis: where it starts
     def __init__(self,
         named_parameters, # (name, parameter) pairs, as from `model.named_parameters()`
         *,
@@ -54,10 +54,9 @@ class GaLore(LowRank):
         eps:float=1e-6, # ϵ
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
-        seed:int=0, # of the randomised bases
     ):
         if not alpha > 0: raise ValueError(f"the factor of the update has to be above 0 (got {alpha=})")
-        super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize, seed=seed))
+        super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
     def slots(rule, shape, rank=None):
@@ -69,7 +68,7 @@ class GaLore(LowRank):
         if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
         for n,p in named: self._step(g, n, p)
 
-# %% ../../../nbs/optimizers/galore.ipynb #d6688458
+# %% ../../../nbs/optimizers/galore.ipynb #c723b8c8
 @patch
 def _step(self:GaLore, g, n, p):
     "One matrix."
@@ -78,12 +77,13 @@ def _step(self:GaLore, g, n, p):
     if not self.state[p]: self.begin(p, exp_avg=layout.zeros(G, r), exp_avg_sq=layout.zeros(G, r))
     t, (β1, β2), state = self.tick(p), g["betas"], self.state[p]
     if (t - 1) % g["gap"] == 0:
-        start = gaussian(g["seed"], n, (t - 1)//g["gap"], min(r + 8, layout.m), layout.m).mT.to(G)
+        start = self.projection(n, (t - 1)//g["gap"], min(r + 8, layout.m), layout.m).to_dense().mT.to(G)
         state["basis"] = self.basis(lambda Z: _gram(layout, G, Z), r, start)
     R = layout.project(G, state["basis"].mT)
     η = g["lr"]*g["alpha"]*(1 - β2**t)**0.5/(1 - β1**t)
     w = self.weight(p)
-    layout.rows(w).mul_(1 - g["lr"]*g["weight_decay"]).sub_(η*self.moments(g, p, R) @ state["basis"][layout.own].mT)
+    self.moments(g, p, R)                                                    # R is the direction now
+    layout.rows(w).addmm_(R, state["basis"][layout.own].mT, beta=1 - g["lr"]*g["weight_decay"], alpha=-η)
     self.put(p, w)
 
 # %% ../../../nbs/optimizers/galore.ipynb #833290d8

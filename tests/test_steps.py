@@ -1,0 +1,105 @@
+"""The native passes: built for three kinds of processor, at any number of threads, and against the optimizers' torch lines."""
+import ctypes, shutil
+
+import pytest, torch
+from pathlib import Path
+from hypothesis import given, settings, strategies as st
+import paretolab
+from paretolab.kernels import native, steps
+from paretolab.optimizers import apollo, galore, lion
+from paretolab.optimizers.lowrank import Gaussian, Sparse
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+SOURCE, u = Path(paretolab.__file__).parent/"kernels"/"csrc"/"steps.cpp", 2**-24
+SHAPES = {"a.weight": (33, 20), "b.weight": (20, 70), "c.weight": (16, 16), "d.weight": (1, 9), "e.weight": (130, 64), "norm.weight": (7,)}
+
+class Dense(apollo.APOLLO): projection = Gaussian()
+class One(apollo.APOLLO): projection = Sparse(entries=1)
+class DenseMini(apollo.Mini): projection = Gaussian()
+KINDS = {"Lion": lion.Lion, "APOLLO": apollo.APOLLO, "one entry": One, "dense": Dense, "Mini": apollo.Mini, "dense Mini": DenseMini, "GaLore": galore.GaLore}
+
+def run(kind, dtype=torch.float32, count=7, **kw):
+    g = torch.Generator().manual_seed(0); P = {n: torch.randn(s, generator=g).to(dtype).requires_grad_() for n,s in SHAPES.items()}; was = {n: p.detach().clone() for n,p in P.items()}
+    o = kind(P.items(), lr=.05, weight_decay=.1, **({} if kind is lion.Lion else dict(gap=3)), **kw)
+    for t in range(count):
+        for i,p in enumerate(P.values()): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100*t + i)).to(dtype)
+        o.step()
+    return P, o, was
+
+def off(P, Q, was): return max(((P[n] - Q[n]).abs().max()/(Q[n] - was[n]).abs().max()).item() for n in P)
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_equal_to_the_torch_lines(name, maximize, monkeypatch):
+    P, o, was = run(KINDS[name], maximize=maximize)
+    monkeypatch.setattr(native, "load", lambda source: None)
+    Q, o2, _ = run(KINDS[name], maximize=maximize)
+    # single roundings grow by the division by small roots; a wrong channel, sign or limit is off by more than 1e-2
+    assert off(P, Q, was) < (1e-4 if name == "GaLore" else 1e-5), off(P, Q, was)
+    for p,q in zip(o.state.values(), o2.state.values()):
+        for k in p: assert torch.allclose(p[k], q[k], rtol=1e-4, atol=1e-5), k
+
+def test_the_native_passes_are_taken(monkeypatch):
+    taken = []; call = steps._call
+    monkeypatch.setattr(steps, "_call", lambda lib, name, *args: (taken.append(name), call(lib, name, *args)))
+    for kind,names in ((lion.Lion, {"lion"}), (apollo.APOLLO, {"apollo"}), (Dense, {"apollo"}), (galore.GaLore, {"moments"})):
+        taken.clear(); run(kind, count=1); assert set(taken) == names
+    taken.clear(); run(apollo.APOLLO, torch.float64, 1); assert not taken
+
+def build(tmp_path, target):
+    f = (shutil.which("g++"), *[x for x in native._flags if not x.startswith("-march")], *target)
+    return ctypes.CDLL(str(native.build(SOURCE, tmp_path, "steps-" + "".join(target).replace("=", ""), f)))
+
+@pytest.mark.parametrize("target", [(), ("-mavx2", "-mfma")])
+def test_other_processors_agree(target, tmp_path, monkeypatch):
+    if target and "avx2" not in native.cpu(): pytest.skip("this processor has no AVX2")
+    want = {name: run(kind) for name,kind in KINDS.items()}
+    lib = build(tmp_path, target); monkeypatch.setattr(native, "load", lambda source: lib)
+    for name,kind in KINDS.items():
+        P, _, was = run(kind); assert off(P, want[name][0], was) < (1e-4 if name == "GaLore" else 1e-5), name
+
+def test_threads_do_not_change_a_bit(monkeypatch):
+    W, G = torch.randn(2, 1100, 700); P = Sparse()("w", 0, 64, 700); got = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        w, state = W.clone(), (torch.zeros(1100, 64), torch.zeros(1100, 64), torch.zeros(())); m = torch.zeros_like(W)
+        assert steps.apollo(w, G, lambda: P, state, True, (.9, .999, 1e-6, 1.01), (.1, .99)) and steps.lion([w], [G], [m], .01, (.9, .99), .99)
+        v = W.mT.contiguous().mT; assert steps.apollo(v, G.mT.contiguous().mT, lambda: P, tuple(s.clone() for s in state), True, (.9, .999, 1e-6, 1.01), (.1, .99))
+        got.append((w, m, v, *state))
+    for other in got[1:]: assert all(torch.equal(a, b) for a,b in zip(got[0], other))
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 20), st.integers(1, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_sketches_of_any_shape(n, m, r, s, wide):
+    P, G = Sparse(7, s)("w", 1, r, m), torch.randn(n, m, generator=torch.Generator().manual_seed(n + 41*m)); D = P.to_dense().double()
+    R, c = steps.project(G.mT.contiguous().mT if wide else G, P)
+    assert ((R - G.double() @ D.mT).abs() <= (m + 2)*u*(G.abs().double() @ D.abs().mT)).all() and ((c - G.double().square().sum(1)).abs() <= (m + 1)*u*G.double().square().sum(1)).all()
+
+@pytest.mark.parametrize("projection", [Sparse(3), Gaussian(3), Gaussian(3, keep=True)])
+def test_a_projection_is_part_of_the_saved_state(projection):
+    P, o, _ = run(apollo.APOLLO); saved = o.state_dict(); o.projection = projection
+    with pytest.raises(ValueError, match="goes on with projection"): o.load_state_dict(saved)
+    o.load_state_dict(o.state_dict())
+
+MUTANTS = [("c = b1 * y + c1 * x", "c = b2 * y + c2 * x"), ("- (vec)(step & (c > 0))", "- (vec)(step & (c >= 0))"), ("b2 * y + c2 * x", "b1 * y + c1 * x"), ("to[k] += t.sign", "to[k] = t.sign"), ("squares[k] += v[k] * v[k]", "squares[k] += v[k]"),
+    ("l & d ? L + l : l + d", "l & d ? L + l : l"), ("for (; i < t.m; i++)", "for (; i < t.m - 1; i++)"), ("std::fill(R + from", "std::fill(R + from + 1"), ("p[i] * g[j]", "p[0] * g[j]"), ("c2 * (y * y)", "c2 * y"), ("(root(second) + eps)", "root(second)"),
+    ("before += y * y", "before += y"), ("step[of ? i : 0]", "step[0]"), ("keep * x[j] - step[j]", "x[j] - step[j]"), ("*norm > 0 && now > most", "now > most"), ("if (limited > 0) *norm", "*norm"), ("step[j] * step[j] : 1", "step[j] : 1"), ("(channels ? 1 : one)", "1")]
+
+@pytest.mark.soak
+def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
+    source, alive = SOURCE.read_text(), []
+    with monkeypatch.context() as m: m.setattr(native, "load", lambda source: None); want = {name: run(kind) for name,kind in KINDS.items()}
+    def checks(lib):
+        monkeypatch.setattr(native, "load", lambda source: lib)
+        for name,kind in KINDS.items(): P, _, was = run(kind); assert off(P, want[name][0], was) < (1e-4 if name == "GaLore" else 1e-5)
+        W, state = torch.ones(3, 2), (torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(())); one = lambda G: steps.apollo(W, G, lambda: torch.ones(1, 2), state, True, (.9, .999, 1e-6, 1.01), (.1, 1.))
+        one(torch.zeros(3, 2)); one(torch.ones(3, 2)); norm = state[2].item(); assert (W < .999).all(); one(torch.zeros(3, 2)); assert state[2] == norm
+        M = torch.zeros(40); W = torch.ones(40); steps.lion([W], [torch.zeros(40)], [M], .1, (.9, .99), 1.); assert (W == 1).all()
+        R, M, V = torch.zeros(1, 32), torch.zeros(1, 32), torch.zeros(1, 32); steps.moments(R, M, V, (.9, .999), 1e-6); assert (R == 0).all()
+    for i,(old,new) in enumerate(MUTANTS):
+        assert old in source, old
+        (tmp_path/f"m{i}.cpp").write_text(source.replace(old, new)); lib = ctypes.CDLL(str(native.build(tmp_path/f"m{i}.cpp", tmp_path, f"m{i}", (shutil.which("g++"), *native._flags))))
+        try: checks(lib)
+        except AssertionError: continue
+        alive.append(old)
+    record_property("mutants", len(MUTANTS)); assert not alive, alive
