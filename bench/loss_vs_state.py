@@ -1,4 +1,4 @@
-"""Held-out bits per byte against bytes of optimizer state on the shipped corpus: every optimizer, one small shape, six learning rates each, and three fresh seeds at the best of them.
+"""Held-out bits per byte against bytes of optimizer state on the shipped corpus: every optimizer, one small shape, four learning rates each, and two more seeds at the best of them.
 Every finished trial is a line of results/loss_vs_state.jsonl and is not made again."""
 import inspect, json, math, sys, time
 from functools import cache
@@ -24,7 +24,7 @@ CONTENDERS = [                                                 # label, optimize
     ("GaLore r=4", "galore.GaLore", GAP | dict(rank=4)), ("SOAP", "baselines.SOAP", {}), ("Sophia-G", "sophia.Sophia", {}), ("Adafactor", "baselines.Adafactor", {}),
 ]
 RUN = dict(vocab=512, dim=64, ff=176, layers=4, heads=4, kv_heads=2, length=64, batch=8, steps=240, warmup=24, decay=0., clip=1.)
-COARSE, FINE, SWEPT, FRESH = (1/4, 1, 4, 16), (1/2, 2), 100, (0, 1, 2)     # times the default rate; times the best of those; seeds
+RATES, SWEPT, FRESH = (1/4, 1, 4, 16), 100, (0, 1)              # times the default rate; the seed they are compared on, and two more
 
 @cache
 def text(vocab, length, n=8):
@@ -68,23 +68,18 @@ def here(name, todo):
         yield key, out
 
 def study():
-    "All trials, coarse rates first; the table."
+    "All trials; the table."
     from loss_vs_state import trial as f                      # by a name another process could import
     make = lambda optimizer, args, lr, seed: RUN | dict(optimizer=optimizer, args=args, lr=float(f"{lr:.3g}"), seed=seed)
-    run = lambda configs: [r.get("result", r) for r in sweep(f, configs, HERE/"results"/"loss_vs_state.jsonl", here)]
-    bad = lambda r: math.inf if r.get("bpb") is None else r["bpb"]
-    def rates(grid):
-        configs = [make(o, a, lr, SWEPT) for (_,o,a),lrs in zip(CONTENDERS, grid) for lr in lrs]; found = iter(run(configs))
-        return [{lr: next(found) for lr in lrs} for lrs in grid]
+    run = lambda configs: iter([r.get("result", r) for r in sweep(f, configs, HERE/"results"/"loss_vs_state.jsonl", here)])
     base = [inspect.signature(member("optimizers", o)).parameters["lr"].default for _,o,_ in CONTENDERS]
-    swept = rates([[b*x for x in COARSE] for b in base]); top = lambda s: min(s, key=lambda lr: bad(s[lr]))
-    for s,more in zip(swept, rates([[top(s)*x for x in FINE] for s in swept])): s.update(more)
-    best = [top(s) for s in swept]; fresh = iter(run([make(o, a, lr, seed) for seed in FRESH for (_,o,a),lr in zip(CONTENDERS, best)]))
-    fresh = [[next(fresh) for _ in CONTENDERS] for _ in FRESH]
-    return [dict(label=label, optimizer=o, args=a, default=b, best=float(f"{lr:.3g}"), edge=lr in (min(s), max(s)), state=r[0]["state"], weights=r[0]["weights"],
-        sweep={f"{x:.3g}": s[x].get("bpb") for x in sorted(s)}, bpb=[x["bpb"] for x in r], domains=[x["domains"] for x in r], curve=r[0]["curve"], cpu_s=[x["cpu_s"] for x in r]) for (label,o,a),b,lr,s,r in zip(CONTENDERS, base, best, swept, zip(*fresh))]
+    found = run([make(o, a, b*x, SWEPT) for (_,o,a),b in zip(CONTENDERS, base) for x in RATES]); swept = [{b*x: next(found) for x in RATES} for b in base]
+    best = [min(s, key=lambda lr: math.inf if s[lr]["bpb"] is None else s[lr]["bpb"]) for s in swept]
+    found = run([make(o, a, lr, seed) for seed in FRESH for (_,o,a),lr in zip(CONTENDERS, best)]); fresh = [[next(found) for _ in CONTENDERS] for _ in FRESH]
+    return [dict(label=label, optimizer=o, args=a, default=b, best=float(f"{lr:.3g}"), edge=lr in (min(s), max(s)), state=s[lr]["state"], weights=s[lr]["weights"],
+        sweep={f"{x:.3g}": s[x]["bpb"] for x in s}, bpb=[x["bpb"] for x in (s[lr], *r)], domains=[x["domains"] for x in (s[lr], *r)], curve=s[lr]["curve"], cpu_s=[x["cpu_s"] for x in (s[lr], *r)]) for (label,o,a),b,lr,s,r in zip(CONTENDERS, base, best, swept, zip(*fresh))]
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE)); table = study()
-    (HERE/"results"/"loss_vs_state.json").write_text(json.dumps(dict(torch=torch.__version__, run=RUN, coarse=COARSE, fine=FINE, table=table), indent=1) + "\n")
-    for r in sorted(table, key=lambda r: sum(r["bpb"])): print(f"{r['label']:>14}: {sum(r['bpb'])/len(r['bpb']):.4f} bits per byte ({min(r['bpb']):.4f} to {max(r['bpb']):.4f}), {r['state']/r['weights']:.3f} of the weights' bytes, lr {r['best']}" + ", at the edge of the sweep"*r["edge"])
+    (HERE/"results"/"loss_vs_state.json").write_text(json.dumps(dict(torch=torch.__version__, run=RUN, rates=RATES, seeds=(SWEPT, *FRESH), table=table), indent=1) + "\n")
+    for r in sorted(table, key=lambda r: r["bpb"][0]): print(f"{r['label']:>14}: {sum(r['bpb'])/len(r['bpb']):.4f} bits per byte ({min(r['bpb']):.4f} to {max(r['bpb']):.4f}), {r['state']/r['weights']:.3f} of the weights' bytes, lr {r['best']}" + ", at the edge of the sweep"*r["edge"])

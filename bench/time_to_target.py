@@ -65,8 +65,8 @@ def matrix(seed, n=256, k=64, r=8):
 
 WORKLOADS = {                                                  # name -> (how it is made, steps at most, steps between scores)
     "text": (lambda seed: language(seed, 512), 150, 5), "wide vocabulary": (lambda seed: language(seed, 1536), 120, 4), "digits": (images, 600, 20), "matrix": (matrix, 900, 30)}
-CONTENDERS = {                                                 # label -> (optimizer, reference learning rate)
-    "AdamW": ("adamw.AdamW", 4e-3), "Schedule-Free": ("baselines.ScheduleFree", 1e-2), "Muon": ("muon.Muon", 4e-3), "SCALE": ("scale.SCALE", 4e-3), "APOLLO-Mini": ("apollo.Mini", 1e-2), "Lion": ("lion.Lion", 4e-4)}
+CONTENDERS = {                                                 # label -> (optimizer, reference learning rate: the best of loss_vs_state.py)
+    "AdamW": ("adamw.AdamW", 4e-3), "Schedule-Free": ("baselines.ScheduleFree", 2.5e-3), "Muon": ("muon.Muon", 1.6e-2), "SCALE": ("scale.SCALE", 4e-3), "APOLLO-Mini": ("apollo.Mini", 1e-2), "Lion": ("lion.Lion", 1.6e-3)}
 TARGETS = {"AdamW": ("adamw.AdamW", 4e-3), "NAdamW": ("baselines.NAdamW", 4e-3)}
 POINTS, STUDIES, SEARCH, RERUNS = 5, 3, 8, 5                  # trials of a study; studies; trials of each of the two that set a target; fresh seeds of the better
 LENGTH = 2/3                                                   # a target is what the two reach in this share of the steps
