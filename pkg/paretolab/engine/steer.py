@@ -75,11 +75,11 @@ def worth(
     I = influence(model, torch.from_numpy(np.stack([x for _,x in at.values()])), [windows[k] for k in targets])
     return dict(tokens={d: {k: L for k,(e,_) in at.items() if e == d} for d in stream.domains}, influence={k: dict(zip(at, row.tolist())) for k,row in zip(targets, I)})
 
-# %% ../../../nbs/engine/steer.ipynb #0fe345c5
+# %% ../../../nbs/engine/steer.ipynb #5e268866
 def _keep(folder, step, model):
     "Write the weights down; the name of the commit."
-    if folder is None: raise ValueError(f"the weights after step {step} are to be kept: pass `kept`, a folder for them")
     if any(hasattr(p, "device_mesh") for p in model.parameters()): raise ValueError(f"the weights after step {step} are to be kept, and the model is sharded: measure influence in a run on one process")
+    if folder is None: raise ValueError(f"the weights after step {step} are to be kept: pass `kept`, a folder for them")
     return commit(folder, step, dict(model=dict(model.named_parameters())), {}, keep=10**9).name
 
 # %% ../../../nbs/engine/steer.ipynb #3b29d674
