@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from paretolab.data.synthetic import walk
-from paretolab.engine.influence import datainf, exact, influence
+from paretolab.engine.influence import exact, influence
 from paretolab.models import linear
 from paretolab.models.mobilellm import MobileLLM, Shape
 
