@@ -1,5 +1,5 @@
 """AutoMixer where the answer is planted: samples of three rules and noise hidden in four domains. Groups found, weights against brute force, and what the mixture buys. Ten seeds; a seed that is in the results is not made again."""
-import copy, json, platform, tempfile, time
+import copy, json, platform, statistics, tempfile, time
 from pathlib import Path
 
 import numpy as np, torch
@@ -10,6 +10,7 @@ from paretolab.engine.fit import fit, losses
 from paretolab.engine.influence import influence
 from paretolab.engine.steer import Steer, held_out
 from paretolab.mixers.automixer import AutoMixer, densities, regroup
+from paretolab.mixers.requests import Influence, Keep
 from paretolab.models.mobilellm import MobileLLM, Shape
 
 RULES, JUMP, DOCS, STEPS, SEEDS = ("red", "green", "blue"), (.05, .15, .4, 1.), 60, 125, 10          # the fourth kind is noise
@@ -69,3 +70,18 @@ for seed in range(SEEDS):
     if any(r["seed"] == seed for r in rows): continue
     start = time.thread_time(); rows.append(run(seed)); print(f"seed {seed}: {time.thread_time() - start:.0f} CPU seconds", {k: v for k,v in rows[-1].items() if k != "p"}, flush=True)
     (part := FILE.with_suffix(".part")).write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, rows=rows), indent=0) + "\n"); part.replace(FILE)
+
+def arithmetic(D=1000, steps=1000):
+    "Milliseconds a step of plan, observe and weights with so many tasks, domains and samples, answers not counted."
+    names, rng, spent = [f"domain {i}" for i in range(D)], np.random.default_rng(0), 0.
+    m = AutoMixer(samples=1); s = m.init(names, dict.fromkeys(names, 1/D), 0); numbers = lambda: dict(zip(names, rng.normal(size=D).tolist()))
+    for t in range(1, steps + 1):
+        start = time.thread_time(); plan = m.plan(s, t); spent += time.thread_time() - start
+        told = {r: {} if isinstance(r, Keep) else dict(tokens={d: {d: 16} for d in names}, influence={k: numbers() for k in r.targets}) if isinstance(r, Influence) else numbers() for r in plan}
+        start = time.thread_time()
+        if plan: s = m.observe(s, told)
+        m.weights(s); spent += time.thread_time() - start
+    return 1e3*spent/steps
+
+found = json.loads(FILE.read_text())
+if "milliseconds_a_step_at_1000_tasks" not in found: FILE.write_text(json.dumps({**found, "milliseconds_a_step_at_1000_tasks": round(statistics.median(arithmetic() for _ in range(3)), 3)}, indent=0) + "\n")

@@ -1,6 +1,7 @@
 """Every mixer against a planted law, in any order of the domains, through JSON at any step, and inside a run that stops anywhere."""
-import copy, json, math
+import copy, importlib, json, math, types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -101,19 +102,24 @@ def test_a_planted_best_domain_is_found(m, best):
     assert NAMES[gain.argmax()] == best and gain.max() > 1.1
 
 @pytest.mark.parametrize("seed", range(4))
-def test_automixer_finds_planted_groups_and_their_weights(seed):
+def test_automixer_finds_planted_groups_and_their_weights(seed, AutoMixer=AutoMixer):
     "Samples of hidden kinds and any length, over domains of any size; the last kind helps its own task and harms all others."
     rng, tasks = np.random.default_rng(seed), ["sum", "rhyme", "sort", "jam"]; m = AutoMixer(every=10, checkpoints=3, samples=9, targets=tuple(tasks)); s = m.init(NAMES, PRIOR, 0)
-    best = rng.integers(0, 3, 4); t = 10.*(best + 1); α = t/t.sum(); worth = rng.uniform(1, 1000, 4)
+    best = rng.integers(0, 3, 4); t = 10.*(best + 1); α = t/t.sum(); worth = np.r_[rng.uniform(1, 1000, 3), .5]
     for c in range(3): s = m.observe(s, {Evaluate(): {k: 1. - (best[i] == c) for i,k in enumerate(tasks)}, Keep(10*(c + 1)): {}})
     hidden = {f"{d}/{i}": int(rng.integers(4)) for d in NAMES for i in range(9)}; tokens = {d: {x: int(rng.integers(5, 50)) for x in hidden if x.startswith(d)} for d in NAMES}
-    I = {k: {x: worth[i]*(h == i) - 1e4*(h == 3 != i) for x,h in hidden.items()} for i,k in enumerate(tasks)}
+    I = {k: {x: worth[i]*(1. if h == i else -2. if h == 3 else .1) for x,h in hidden.items()} for i,k in enumerate(tasks)}        # the largest number is often another task's
     assert {r.step: set(r.targets) for r in m.plan(s, 31)} == {10*(c + 1): {k for k,b in zip(tasks, best) if b == c} for c in set(best.tolist())}
     new = m.observe(s, {r: dict(tokens=tokens, influence={k: I[k] for k in r.targets}) for r in m.plan(s, 31)})
     assert {x: k for k,xs in new["groups"].items() for x in xs} == {x: tasks[h] for x,h in hidden.items()}
-    w = α[:3]*worth[:3]/(α[:3] @ worth[:3]); assert np.abs(np.array([*new["shares"].values()]) - [*w, 0]).max() < 1e-12
+    w = .9*α[:3]*worth[:3] + .1*(α @ worth); w /= w.sum(); assert np.abs(np.array([*new["shares"].values()]) - [*w, 0]).max() < 1e-12
     mass = {x: PRIOR[d]*n/sum(tokens[d].values()) for d in NAMES for x,n in tokens[d].items()}; M = [sum(mass[x] for x in hidden if hidden[x] == k) for k in range(4)]
     for d in NAMES: assert abs(m.weights(new)[d] - sum(w[h]*mass[x]/M[h] for x,h in hidden.items() if x.startswith(d + "/") and h < 3)) < 1e-11                    # shares are kept to 2**-40
+
+def test_automixer_keeps_a_domain_that_only_harms_at_its_floor(AutoMixer=AutoMixer):
+    m = AutoMixer(every=1, checkpoints=1, samples=1, targets=("good", "bad"), floor=.05); s = m.observe(m.init(["a", "b"], dict(a=.5, b=.5), 0), {Evaluate(): dict(good=1., bad=1.), Keep(1): {}})
+    r, = m.plan(s, 2); new = m.observe(s, {r: dict(tokens=dict(a=dict(x=9), b=dict(y=9)), influence=dict(good=dict(x=1., y=-5.), bad=dict(x=0., y=1.)))})
+    assert new["shares"] == dict(good=1., bad=0.) and np.abs(np.array(new["p"]) - [.95, .05]).max() < 1e-12
 
 @pytest.mark.parametrize("m", [ONLINE["aioli"], ONLINE["aioli_averaged"]])
 def test_aioli_measures_the_planted_law(m):
@@ -326,3 +332,50 @@ def test_the_log_says_what_was_seen(): schedules(10, 0)
 
 @pytest.mark.soak
 def test_the_log_says_what_was_seen_under_200_schedules(record_property): schedules(200, 1); record_property("schedules", 200)
+
+# Mutants of the mixers: each has to be noticed by a check of this file
+
+def mutated(module, old, new):
+    "A module with its text changed."
+    text = Path(importlib.import_module(full := f"paretolab.mixers.{module}").__file__).read_text()
+    assert old in text, f"{module} no longer says {old!r}: bring the list up to date"
+    m = types.ModuleType(full); m.__package__ = "paretolab.mixers"; exec(compile(text.replace(old, new), full, "exec"), vars(m))
+    return m
+
+planted = lambda m: [test_a_planted_best_domain_is_found(m, d) for d in NAMES]
+refuses = lambda m: [test_a_bad_or_missing_signal_is_refused_by_name(m, b) for b in (float("nan"), "missing")]
+order = lambda m: [test_permuting_domains_permutes_weights(m, s) for s in range(2)]
+table = lambda m: (test_an_offline_mixer_finds_the_planted_best_domain_through_json(m), [test_runs_that_all_end_alike_move_nothing(m, x) for x in (.3, 2.)])
+groups = lambda m: [test_automixer_finds_planted_groups_and_their_weights(s, type(m)) for s in range(4)]
+
+MUTANTS = [  # module, its text, the mutant's, the mixer, the check
+    ("static", "**self.power", "**1.", "static", lambda m: test_a_static_mixture_is_the_prior_to_a_power(m)), ("static", "np.where(p > 0, np.where(p > 0, p, 1)**self.power, 0)", "p**self.power", "static", lambda m: test_a_static_mixture_is_the_prior_to_a_power(m)),
+    ("doremi", "exp_grad(state[\"alpha\"], e,", "exp_grad(state[\"alpha\"], -e,", "doremi", planted), ("doremi", "if e is None else e for", "if e is None else 0. for", "doremi", planted), ("doremi", "e = read(signals, ask, state[\"domains\"])", "e = np.array([signals[ask][d] for d in state[\"domains\"]])", "doremi", refuses),
+    ("doge", "np.clip(a/max(g.mean(), 1e-12), 0, self.most)", "np.arange(len(a))/9", "doge", test_no_signal_moves_nothing), ("doge", "self.eta, self.floor)\n        return dict(state, alpha", "self.eta, 0.)\n        return dict(state, alpha", "doge", test_weights_stay_on_the_simplex_above_the_floor),
+    ("dga", "exp_grad(state[\"q\"], a,", "exp_grad(state[\"q\"], -a,", "dga", planted), ("dga", "(1 - self.beta)*", "(2 - self.beta)*", "dga", test_weights_stay_on_the_simplex_above_the_floor), ("dga", "state[\"domains\"], \"align\"", "sorted(state[\"domains\"]), \"align\"", "dga", order),
+    ("skill_it", "np.maximum((before - after)/before, 0)", "np.maximum((after - before)/before, 0)", "skill_it", planted), ("skill_it", "@ np.array(state[\"graph\"])", "@ np.array(state[\"graph\"]).T", "skill_it", planted),
+    ("aioli", "B.sum(0), self.eta", "B.sum(1), self.eta", "aioli", planted), ("aioli", "np.linalg.solve(W, np.asarray(fall).T).T", "np.linalg.solve(W, np.asarray(fall)).T", "aioli", test_aioli_measures_the_planted_law), ("aioli", "B/B.sum() if B.sum() > 0 else B", "(B + 1)*np.arange(len(B))", "aioli", test_no_signal_moves_nothing),
+    ("automixer", "np.argmin(state", "np.argmax(state", "automixer", groups), ("automixer", "t/t.sum() @ I", "np.ones(len(t))/len(t) @ I", "automixer", groups), ("automixer", "w = np.maximum(ρ, 0)", "w = np.abs(ρ)", "automixer", groups), ("automixer", "np.divide(I, r,", "np.divide(I, 1,", "automixer", groups),
+    ("automixer", "π*np.array([*s.values()])/sum(s.values())", "π*np.ones(len(s))/len(s)", "automixer", groups), ("automixer", "if not w.any(): return", "if False: return", "automixer", test_no_signal_moves_nothing), ("automixer", "w[g]*m/", "w[d % K]*m/", "automixer", groups),
+    ("automixer", "part(plan[0], d, x, \"tokens\").tolist()", "signals[plan[0]][\"tokens\"].get(d, {}).values()", "automixer", refuses), ("automixer", "np.zeros(D), 1., self.floor)", "np.zeros(D), 1., 0.)", "automixer", lambda m: test_automixer_keeps_a_domain_that_only_harms_at_its_floor(type(m))), ("automixer", "if not kept: raise", "if False: raise", "automixer", refuses),
+    ("regmix", "np.argsort(f(Q))[:self.best]", "np.argsort(-f(Q))[:self.best]", "regmix", table), ("regmix", " if np.ptp(y) else", " if True else", "regmix", table), ("mixing_laws", "if np.ptp(y) == 0:", "if False:", "laws", table), ("mixing_laws", "@ A/len(A), η, floor)", "@ -A/len(A), η, floor)", "laws", table),
+]
+
+def test_a_static_mixture_is_the_prior_to_a_power(m=Static(.5)):
+    prior = dict(zip(NAMES, (.5, .3, .2, 0., 0.))); p = np.array([*m.weights(m.init(NAMES, prior, 0)).values()])
+    assert np.abs(p - np.array([*prior.values()])**.5/np.sqrt([*prior.values()]).sum()).max() < 1e-6         # the prior is kept to 2**-40, and a root makes its rounding 1e-6
+    assert not type(m)(0.).weights(type(m)(0.).init(NAMES, prior, 0))["web"]                               # uniform over what there is
+
+def check(i):
+    module, old, new, mixer, check = MUTANTS[i]; m = {**ALL, **OFFLINE}[mixer]
+    check(getattr(mutated(module, old, new), kind(m))(**{f: getattr(m, f) for f in m.__dataclass_fields__}))
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+@pytest.mark.parametrize("i", range(len(MUTANTS)))
+def test_a_mutant_is_noticed(i):
+    with pytest.raises((Exception, pytest.fail.Exception)) as found: check(i)
+    assert "bring the list up to date" not in str(found.value), found.value
+
+def test_unchanged_modules_pass_the_checks():
+    for module,_,_,mixer,f in MUTANTS:
+        m = {**ALL, **OFFLINE}[mixer]; f(getattr(mutated(module, "import numpy", "import numpy"), kind(m))(**{k: getattr(m, k) for k in m.__dataclass_fields__}))
