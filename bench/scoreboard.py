@@ -17,7 +17,6 @@ from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
 from paretolab.mixers.mixing_laws import MixingLaws
 from paretolab.mixers.regmix import RegMix
-from paretolab.mixers.requests import Run
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.stacked import stacked
 from paretolab.models.mobilellm import MobileLLM, Shape
