@@ -26,7 +26,7 @@ def rounded(model, setup, R3=None):
 def turned(seed): return spinquant.rotate(spinquant.fold(shipped), *start(seed), online=True)
 
 
-def learned(seed, lr, steps=12):
+def learned(seed, lr, steps=8):
     "R1 and R2 learned with R3, R4 and all roundings in place."
     model, R3 = spinquant.rotate(spinquant.fold(shipped), torch.eye(s.dim, dtype=torch.float64), online=True), hadamard(s.head_dim, seed)
     activations.attach(model, 4, 4, R3=R3)
@@ -36,12 +36,16 @@ def learned(seed, lr, steps=12):
     R1, R2, log = spinquant.learn(model, *(start(seed)[:1]), partial(absmax.fake, bits=4), [draw() for _ in range(steps)], lr, start(seed)[1])
     return rounded(spinquant.rotate(model, R1, R2), "W4 A4 KV4")
 
-rows = {}
+rows, spread = {}, max((v.max()/v.median()).item() for v in ranges.values())
+full = trial("16 bits", lambda: text.quality(shipped))
+def save(): (RESULTS/"rotations.json").write_text(json.dumps(dict(full=full, spread=round(spread, 2), rows=rows), indent=1) + "\n")
+
 for name in SETUPS:
     rows[name] = {"as it is": trial(f"{name}, as it is", lambda: rounded(copy.deepcopy(shipped), name)), "norms folded": trial(f"{name}, norms folded", lambda: rounded(spinquant.fold(shipped), name))}
     for alpha in (0, .25, .5, .75, 1): rows[name][f"alpha {alpha}"] = trial(f"{name}, alpha {alpha}", lambda: rounded(smoothquant.smooth(shipped, ranges, alpha), name))
     for seed in range(3): rows[name][f"Hadamard, seed {seed}"] = trial(f"{name}, Hadamard, seed {seed}", lambda: rounded(turned(seed), name, hadamard(s.head_dim, seed)))
-for seed, lr in ((0, .1), (1, .1), (2, .1), (0, .03)): rows["W4 A4 KV4"][f"learned, lr {lr}, seed {seed}"] = trial(f"W4 A4 KV4, learned, lr {lr}, seed {seed}", lambda: learned(seed, lr))
+    if name == "W4 A4 KV4":
+        for seed in range(3): rows[name][f"learned, seed {seed}"] = trial(f"{name}, learned, seed {seed}", lambda: learned(seed, .1))
+    save()
 rows["W4 A4 KV4"]["Hadamard without R3, seed 0"] = trial("W4 A4 KV4, Hadamard without R3, seed 0", lambda: rounded(turned(0), "W4 A4 KV4"))
-spread = max((v.max()/v.median()).item() for v in ranges.values())
-(RESULTS/"rotations.json").write_text(json.dumps(dict(full=trial("16 bits", lambda: text.quality(shipped)), spread=round(spread, 2), rows=rows), indent=1) + "\n")
+save()
