@@ -2,9 +2,9 @@
 import pytest, torch
 from dataclasses import replace
 from paretolab.models.mobilellm import MobileLLM, Shape, mobilellm
-from paretolab.quantizers import gptq, plan
+from paretolab.quantizers import absmax, activations, gptq, plan, smoothquant
 from paretolab.quantizers.hadamard import Hadamard, orders, paley, random_signs
-from paretolab.quantizers.spinquant import cayley, fold, orthogonal, rotate
+from paretolab.quantizers.spinquant import cayley, fold, learn, orthogonal, rotate
 
 SHAPE = Shape(vocab=40, dim=24, ff=40, layers=2, heads=2, kv_heads=1, context=16)
 
@@ -41,7 +41,7 @@ def test_the_function_stays(more, online):
     m, x = model(torch.float64, **more)
     R1, R2 = Hadamard(24, random_signs(24)).matrix(), [orthogonal(torch.randn(12, 12)) for _ in m.blocks]
     turned = rotate(fold(m), R1, R2, online)
-    assert torch.allclose(turned(x), m(x), atol=1e-6*m(x).abs().max().item())
+    assert torch.allclose(turned(x), m(x), atol=1e-10*m(x).abs().max().item())
     assert not torch.allclose(turned.blocks[0].attn.q.weight, fold(m).blocks[0].attn.q.weight, atol=.1)
 
 
@@ -69,3 +69,64 @@ def test_turned_models_go_through_gptq():
     turned = rotate(fold(m), Hadamard(24, random_signs(24)).matrix())
     state, reports = gptq.compress(turned, plan.uniform(turned, 4, 8, "gptq.quantize"), x)
     assert "head.weight" in reports and all(r["error"] <= r["nearest"] for r in reports.values())
+
+
+@pytest.mark.parametrize("with_R2", [False, True])
+def test_a_hundred_learned_steps_leave_rotations_and_the_function(with_R2):
+    m, x = model()
+    folded, x = fold(m), x[:, :9]
+    R1, R2 = Hadamard(24, random_signs(24)).matrix(), [orthogonal(torch.randn(12, 12)) for _ in range(2)]*with_R2
+    before = {n: p.clone() for n, p in folded.named_parameters()}
+    L1, L2, log = learn(folded, R1, lambda w: absmax.fake(w, 2), [x]*100, .1, R2)
+    assert len(log) == 100 and min(log[-10:]) < log[0] and len(L2) == len(R2) and all(torch.equal(p, before[n]) for n, p in folded.named_parameters())
+    for L, R in zip((L1, *L2), (R1, *R2)): assert (L @ L.T - torch.eye(len(L))).abs().max() < 1e-12 and (L - R).abs().max() > .01
+    m64 = model(torch.float64)[0]
+    assert torch.allclose(rotate(fold(m64), L1, L2)(x), m64(x), atol=1e-10*m64(x).abs().max().item())
+
+
+def test_learning_sees_rounded_activations_and_the_online_rotation():
+    m, x = model()
+    R1, first = Hadamard(24).matrix(), {}
+    for name, online, bits in (("plain", False, 16), ("online", True, 16), ("rounded", True, 3)):
+        folded = rotate(fold(m), torch.eye(24, dtype=torch.float64), online=online)
+        activations.attach(folded, bits)
+        first[name] = learn(folded, R1, lambda w: w, [x[:, :9]], .1)[2][0]
+    assert first["online"] == pytest.approx(first["plain"], abs=1e-4) and abs(first["rounded"] - first["plain"]) > 1e-2
+
+
+def test_R3_leaves_scores_and_helps_a_cache_with_an_outlier():
+    m, x = model(torch.float64)
+    m.blocks[0].attn.k.weight.data[5] *= 20; m.blocks[0].attn.q.weight.data[5] /= 20; m.blocks[0].attn.q.weight.data[17] /= 20
+    m.blocks[0].attn.k.weight.data[11] *= 20; m.blocks[0].attn.q.weight.data[11] /= 20; m.blocks[0].attn.q.weight.data[23] /= 20
+    full, error = m(x), {}
+    for name, R3 in (("none", None), ("R3", Hadamard(12, random_signs(12)).matrix())):
+        h = activations.attach(m, kv_bits=4, R3=R3)
+        error[name] = (m(x) - full).square().mean().item()
+        for handle in h: handle.remove()
+    k = torch.randn(7, 12, dtype=torch.float64)
+    assert (activations.fake_kv(k, 8, R3=R3) - k).abs().max() < .05
+    assert error["R3"] < error["none"]
+
+
+@pytest.mark.parametrize("more", [dict(), dict(tied=False), dict(repeat=2)])
+@pytest.mark.parametrize("alpha", [0, .3, 1])
+def test_smoothing_keeps_the_function_and_moves_the_size(more, alpha):
+    m, x = model(torch.float64, **more)
+    m.blocks[1].norm2.weight.data[3] = 90
+    a = smoothquant.ranges(m, x)
+    new = smoothquant.smooth(m, a, alpha)
+    assert torch.allclose(new(x), m(x), atol=1e-10*m(x).abs().max().item())
+    spread = lambda m: (lambda v: (v.max()/v.median()).item())(smoothquant.ranges(m, x)["blocks.1.norm2"])
+    assert not alpha or spread(new) < spread(m)
+    w = torch.cat([new.blocks[1].mlp.gate.weight, new.blocks[1].mlp.up.weight]).abs().amax(0)
+    b = smoothquant.ranges(new, x)["blocks.1.norm2"]
+    assert torch.allclose(b**alpha, w**(1 - alpha), rtol=1e-6)          # (aw)^(1-α) and (aw)^α
+    assert len(new.state_dict()) == len(m.state_dict())
+
+
+def test_smoothing_survives_an_axis_that_is_never_used():
+    m, x = model(torch.float64)
+    m.blocks[0].norm1.weight.data[2] = 0
+    m.blocks[0].attn.q.weight.data[:, 4] = 0; m.blocks[0].attn.k.weight.data[:, 4] = 0; m.blocks[0].attn.v.weight.data[:, 4] = 0
+    new = smoothquant.smooth(m, smoothquant.ranges(m, x))
+    assert torch.allclose(new(x), m(x), atol=1e-9*m(x).abs().max().item())

@@ -41,7 +41,7 @@ def orders(
 def _sylvester(n): return torch.ones(1, 1) if n == 1 else torch.kron(_sylvester(n//2), torch.tensor([[1., 1], [1, -1]]))
 
 @cache
-def _factor(m): return (_sylvester(m) if m & (m - 1) == 0 else paley(m))/m**.5
+def _factor(m): return (_sylvester(m) if m & (m - 1) == 0 else paley(m)).double()/m**.5
 
 # %% ../../../nbs/quantizers/hadamard.ipynb #6eb2af5c
 class Hadamard:

@@ -24,9 +24,9 @@ def resolve(
     if not callable(f) or list(signature(f).parameters)[:3] != ["w", "bits", "group"]: raise ValueError(f"a quantizer is a function of (w, bits, group), as absmax.quantize is (got {name!r})")
     return f
 
-# %% ../../../nbs/quantizers/plan.ipynb #b841aa57
+# %% ../../../nbs/quantizers/plan.ipynb #7ede00be
 def _price(shape, bits, group, quantizer):
-    if type(bits) not in (int, float) or bits not in (*LEVELS, 16):
+    if any(type(b) not in (int, float) or b not in (*LEVELS, 16) for b in (bits if isinstance(bits, tuple) else (bits,))):
         raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} or 16 bits (got {bits!r})")
     f = resolve(quantizer)
     if bits == 16: return 2 * prod(shape)
@@ -34,7 +34,7 @@ def _price(shape, bits, group, quantizer):
     if not isinstance(one, LowBit): raise ValueError(f"a quantizer gives a LowBit (got {type(one).__name__} from {quantizer})")
     return one.nbytes + (shape[0]-1) * (two.nbytes-one.nbytes)
 
-# %% ../../../nbs/quantizers/plan.ipynb #484e698b
+# %% ../../../nbs/quantizers/plan.ipynb #c694f676
 def _prices(plan, shapes):
     "The plan by weight name: `{weight: (bits, group, quantizer, bytes)}`, or a sentence on what cannot be done."
     if not isinstance(plan, dict): raise ValueError(f"a plan is a dict {{module name: (bits, group, quantizer)}} (got {plan!r})")
@@ -45,7 +45,8 @@ def _prices(plan, shapes):
             near = get_close_matches(name, [n.removesuffix(".weight") for n, s in shapes.items() if len(s) == 2], cutoff=0)
             raise ValueError(f"the plan names {name!r}, which has no weight matrix here; the nearest names are {', '.join(near)}")
         if not isinstance(entry, (tuple, list)) or len(entry) != 3: raise ValueError(f"{name}: an entry is (bits, group, quantizer) (got {entry!r})")
-        try: prices[weight] = (*entry, _price(shapes[weight], *entry))
+        bits = tuple(entry[0]) if isinstance(entry[0], list) else entry[0]              # a width for each group, from JSON
+        try: prices[weight] = (bits, *entry[1:], _price(shapes[weight], bits, *entry[1:]))
         except ValueError as e: raise ValueError(f"{name}: {e}") from e
     return prices
 

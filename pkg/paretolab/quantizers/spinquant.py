@@ -85,23 +85,24 @@ def cayley(
     I = torch.eye(len(R), dtype=R.dtype)
     return torch.linalg.solve(I + A/2, (I - A/2) @ R)
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #1dee220e
+# %% ../../../nbs/quantizers/spinquant.ipynb #cb92da94
 def learn(
-    model:MobileLLM, # from `fold`; not changed
+    model:MobileLLM, # from `fold`, with R4 and rounded activations if it will run with them; not changed
     R1:Tensor, # rotation to start from, (d, d)
     fake:Callable, # function of w (R, C) to rounded weights with a straight-through gradient
     batches:list[Tensor], # text, each (B, T+1) int64: a step each
     lr:float=.1, # angle of the first step; falls linearly to 0
-    R2:list[Tensor]=(), # rotation of the value heads, kept as it is
-)->tuple[Tensor,list[float]]: # rotation, orthogonal to 1e-6 and better; loss of each step
-    "Learn R1 for a quantized model by Cayley steps."
+    R2:list[Tensor]=(), # rotations of the value heads to start from, (d_h, d_h) each; none: only R1 is learned
+)->tuple[Tensor,list[Tensor],list[float]]: # R1 and R2, float64, and the loss of each step
+    "Learn the rotations of a quantized model by Cayley steps."
     from paretolab.engine.fit import losses
-    weights, R, log = {n: p.detach() for n, p in model.named_parameters()}, R1.to(model.embed.weight.dtype), []
+    weights, Rs, log = {n: p.detach() for n, p in model.named_parameters()}, [R.double() for R in (R1, *R2)], []
     for i, x in enumerate(batches):
-        R.requires_grad_()
-        turned = {n: fake(w) if w.ndim == 2 and n.startswith("blocks") else w for n, w in _turned(weights, R, R2).items()}
+        for R in Rs: R.requires_grad_()
+        turned = {n: fake(w) if w.ndim == 2 and n.startswith("blocks") else w for n, w in _turned(weights, Rs[0], Rs[1:]).items()}
         loss = losses(lambda t: functional_call(model, turned, (t,)), x).mean()
-        G, = torch.autograd.grad(loss, R)
-        with torch.no_grad(): R = cayley(R.detach(), G, lr*(1 - i/len(batches)))
+        Gs = torch.autograd.grad(loss, Rs)
+        with torch.no_grad(): Rs = [cayley(R.detach(), G, lr*(1 - i/len(batches))) for R, G in zip(Rs, Gs)]
         log.append(loss.item())
-    return orthogonal(R), log
+    R1, *R2 = map(orthogonal, Rs)
+    return R1, R2, log
