@@ -33,7 +33,7 @@ def test_compressed_tensors_decompresses_what_was_packed(f, bits, widths):
         assert b in widths and torch.equal(got, q.dequantize())
 
 
-@pytest.mark.parametrize("f, bits", GRIDS + [(grids.asymmetric, b) for b in (2, 3, 4, 6, 8)])
+@pytest.mark.parametrize("f, bits", GRIDS + [(grids.asymmetric, b) for b in (2, 3, 4)])
 def test_onnxruntime_multiplies_by_what_was_packed(f, bits):
     for group, columns in ((32, 96), (0, 48), (16, 32), (0, 512)):
         q = f(matrix(columns), bits, group)

@@ -70,7 +70,7 @@ def test_what_is_refused(q, why, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("bits, group, name", [(16, 64, ""), (4, 64, "grids.symmetric"), (2, 0, "grids.stretched"), (1.58, 0, "grids.ternary"), (1, 0, "grids.sign")])
+@pytest.mark.parametrize("bits, group, name", [(16, 64, ""), (2, 0, "grids.stretched"), (1.58, 0, "grids.ternary"), (1, 0, "grids.sign")])
 def test_llama_cpp_says_the_same(bits, group, name, tmp_path):
     llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     m, tok = hf.load(hf.shipped()), tokenizer()
@@ -114,7 +114,7 @@ def test_damaged_files_are_refused_or_read(tmp_path):
     tok.add_special_tokens(["<|endoftext|>"])
     whole = ours.save(tmp_path/"m.gguf", s, plan.compress(MobileLLM(s), {"embed": (4, 32, "absmax.quantize")}), tok).read_bytes()
     assert gguf_file.parts(tmp_path/"m.gguf")[0] == s
-    outcomes, header = [], len(whole) - 80_000
+    outcomes, header = [], len(whole)//3
     for i in range(600):
         b = bytearray(whole)
         at = rng.randrange(header)

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['fits', 'pack', 'table', 'save']
 
-# %% ../../../nbs/quantizers/compressed_tensors.ipynb #444a209a
+# %% ../../../nbs/quantizers/compressed_tensors.ipynb #627e80ed
 import json
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
-from ..models import hf
 from ..models.shape import Shape
 from .lowbit import LowBit, pack_bits
 
@@ -72,7 +71,7 @@ def _quantization(schemes):
             targets=["Linear"] if len(kinds) == 1 else [n for n, k in schemes.items() if k == (b, g)])
     return dict(quant_method="compressed-tensors", format="pack-quantized", quantization_status="compressed", config_groups=groups, ignore=[n for n, k in schemes.items() if not k])
 
-# %% ../../../nbs/quantizers/compressed_tensors.ipynb #f723fddc
+# %% ../../../nbs/quantizers/compressed_tensors.ipynb #764caa06
 def save(
     folder:str|Path, # where to; made if it is not there
     shape:Shape, # of the model
@@ -81,6 +80,7 @@ def save(
     widths:tuple[int,...]=(2, 3, 4, 5, 6, 7, 8), # widths that the engine has; (4, 8) for vLLM
 )->Path: # the folder
     "Write a quantized model as transformers and vLLM read it; every low-bit matrix without loss."
+    from paretolab.models import hf
     if shape.post_ln: raise ValueError(f"Llama's layout has no norm after the residual (got post_ln={shape.post_ln})")
     if bad := {n: why for n, (kind, _, why) in table(state, widths).items() if not kind}: raise ValueError(f"{len(bad)} of {len(state)} tensors have no form in pack-quantized that holds them without loss; {min(bad)}: {bad[min(bad)]}")
     tensors, schemes = {}, {} if not shape.tied else {"lm_head": None}

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['fits', 'blocks', 'table', 'save', 'load']
 
-# %% ../../../nbs/quantizers/gguf.ipynb #daed4610
+# %% ../../../nbs/quantizers/gguf.ipynb #8f29ea62
 import re
 import numpy as np, torch
 from pathlib import Path
 from torch import Tensor
-from ..models.mobilellm import MobileLLM
 from ..models.shape import Shape
 from .lowbit import LowBit
 from . import gguf_file
@@ -143,11 +142,12 @@ def save(
         return part.replace(path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../../nbs/quantizers/gguf.ipynb #7fe3d652
+# %% ../../../nbs/quantizers/gguf.ipynb #d26f7e82
 def load(
     path:str|Path, # a Llama-type GGUF at F32, F16, BF16, Q4_0, Q4_1 or Q8_0
 )->tuple: # a `MobileLLM` in 32 bits, and a tokenizer
     "A model and its tokenizer from a GGUF file."
+    from paretolab.models.mobilellm import MobileLLM
     from paretolab.quantizers import plan
     shape, state, tok = gguf_file.parts(path)
     with torch.random.fork_rng(devices=[]): model = MobileLLM(shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.shape import Shape
 from .lowbit import LowBit, pack_bits
 
-# %% ../../../nbs/quantizers/onnx.ipynb #e4ab5050
+# %% ../../../nbs/quantizers/onnx.ipynb #4a4efd64
 def fits(
     q:LowBit, # a matrix
 )->tuple[tuple|None,str]: # (bits b, levels in a step of q, level at q = 0), or None; and the reason if there is none
@@ -22,7 +22,7 @@ def fits(
     if q.group % 16: return None, f"a block is a power of two of at least 16 columns, so a group has to be a multiple of 16 (got {q.group})"
     L = q.grid[0].tolist()
     if any(x != int(x) for x in L): return None, "its levels are not whole multiples of the scale"
-    if q.zeros is not None: return ((b, 1, 0), "") if (b := next((b for b in (2, 4, 8) if set(L) <= set(range(2**b))), None)) else (None, f"levels with an offset are 0 to 255 (got {min(L):g} to {max(L):g})")
+    if q.zeros is not None: return ((b, 1, 0), "") if (b := next((b for b in (2, 4) if set(L) <= set(range(2**b))), None)) else (None, f"an offset goes with the levels 0 to 15 there (got {min(L):g} to {max(L):g})")
     if set(L) <= {-3, -1, 1, 3}: return (2, 2, -3), ""
     b = next((b for b in (2, 4, 8) if -2**(b-1) <= min(L) and max(L) < 2**(b-1)), None)
     return ((b, 1, -2**(b-1)), "") if b else (None, f"there is no width of more than 8 bits for whole levels from {min(L):g} to {max(L):g}")
