@@ -70,7 +70,7 @@ def bitsandbytes(kind):
     from bitsandbytes import functional as f
     return each(lambda w: f.dequantize_4bit(*f.quantize_4bit(w.detach().contiguous(), blocksize=GROUP, quant_type=kind)))
 
-def trained(steps=24, batch=4, lr=3e-4):
+def trained(steps=16, batch=4, lr=3e-4):
     "ParetoQ at 2 bits: from the reference, through the rounding."
     model = paretoq.convert(copy.deepcopy(reference), layers(2, "paretoq.quantize"))
     model.embed.weight.requires_grad_(False)
@@ -97,7 +97,7 @@ for b in (3, 2):
         f"torchao {b}": (b, W(b, 1), lambda b=b: torchao(b)),
         f"HQQ {b}": (b, W(b, 2), lambda b=b: hqq(b))}
 TRIALS |= {"GPTQ asymmetric 2": (2, W(2, 2), lambda: calibrated(2, solver=lambda w, bits, group, factors: gptq.solve(w, bits, group, factors, grids.asymmetric))),
-    "GPTQ, 4": (4, W(4, 1), lambda: calibrated(4)), "bitsandbytes nf4": (4, W(4, 2), lambda: bitsandbytes("nf4")), "ParetoQ, 24 steps 2": (2, W(2, 1), trained)}
+    "GPTQ, 4": (4, W(4, 1), lambda: calibrated(4)), "bitsandbytes nf4": (4, W(4, 2), lambda: bitsandbytes("nf4")), "ParetoQ, 16 steps 2": (2, W(2, 1), trained)}
 
 journal = FOLDER/"journal.jsonl"
 done = {r["trial"]: r for line in (journal.read_text().splitlines() if journal.exists() else []) for r in [json.loads(line)]}
