@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['fake', 'fake_kv', 'KVCache', 'attach']
 
-# %% ../../../nbs/quantizers/activations.ipynb #9ede42b8
+# %% ../../../nbs/quantizers/activations.ipynb #0a3a3e95
 import torch
 from torch import nn, Tensor
 from ..kernels.unpack import fast as unpack, row_bytes
-from ..models.mobilellm import Attention
 from .lowbit import pack_bits
 
 # %% ../../../nbs/quantizers/activations.ipynb #c3ab4930
@@ -110,7 +109,7 @@ class _Memory:
             return on(k, v) if on else (k, v)
         return x, cos, sin, remember
 
-# %% ../../../nbs/quantizers/activations.ipynb #f3a47822
+# %% ../../../nbs/quantizers/activations.ipynb #7ef21413
 def attach(
     model:nn.Module, # a `MobileLLM`; changed in place
     bits:int=16, # of the inputs of linear layers; 16: not rounded
@@ -119,6 +118,7 @@ def attach(
     R3:Tensor|None=None, # rotation in which keys are kept, (d_h, d_h)
 )->list: # handles; `.remove()` takes one rounding away
     "Let a model run with rounded activations and a rounded cache."
+    from paretolab.models.mobilellm import Attention
     modules = list(model.modules())
     if any(isinstance(h, (_Inputs, _Memory)) for m in modules for h in m._forward_pre_hooks.values()): raise ValueError("the model rounds its activations already; remove the handles that `attach` gave")
     if bits != 16: fake(torch.zeros(1), bits)
