@@ -130,3 +130,10 @@ def test_smoothing_survives_an_axis_that_is_never_used():
     m.blocks[0].attn.q.weight.data[:, 4] = 0; m.blocks[0].attn.k.weight.data[:, 4] = 0; m.blocks[0].attn.v.weight.data[:, 4] = 0
     new = smoothquant.smooth(m, smoothquant.ranges(m, x))
     assert torch.allclose(new(x), m(x), atol=1e-9*m(x).abs().max().item())
+
+
+def test_ranges_are_those_of_all_text():
+    m, x = model(torch.float64)
+    text = torch.randint(40, (19, 16))
+    each = [smoothquant.ranges(m, t[None]) for t in text]
+    for n, a in smoothquant.ranges(m, text).items(): assert torch.allclose(a, torch.stack([e[n] for e in each]).amax(0))
