@@ -159,6 +159,7 @@ def a_kw(name): return (dict(gap=3) if name[:4] in ("APOL", "Mini", "GaLo") else
 
 @pytest.mark.parametrize("name", ["AdamW8", "AdamFP8", "Lion8", "LionFP8"])
 def test_without_a_compiler_it_is_the_same_to_the_bit(name, monkeypatch):
+    monkeypatch.setattr(steps, "_library", lambda *_: None)                       # moments that stay whole have a pass of their own, which rounds otherwise
     P, Q = start(), start(); train(P, a := make(name, P, lr=.01), 0, 3)
     monkeypatch.setattr(state_steps.native, "load", lambda _: None)
     train(Q, b := make(name, Q, lr=.01), 0, 3)

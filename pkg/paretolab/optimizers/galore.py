@@ -78,7 +78,7 @@ def _step(self:GaLore, g, n, p):
     t, (β1, β2), state = self.tick(p), g["betas"], self.state[p]
     if (t - 1) % g["gap"] == 0:
         start = self.projection(n, (t - 1)//g["gap"], min(r + 8, layout.m), layout.m).to_dense().mT.to(G)
-        state["basis"] = self.basis(lambda Z: _gram(layout, G, Z), r, start)
+        state["basis"] = self.basis(lambda Z: _gram(layout, G, Z), r, start).contiguous()
     R = layout.project(G, state["basis"].mT)
     η = g["lr"]*g["alpha"]*(1 - β2**t)**0.5/(1 - β1**t)
     w = self.weight(p)
