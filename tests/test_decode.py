@@ -194,3 +194,14 @@ def test_the_speed_of_a_point_is_that_of_the_low_bit_model(folder):
     m = hf.load(hf.shipped()); (wide := folder.parent/"wide").mkdir(exist_ok=True)
     hf.save(m, wide, TOK); lowbit.save(wide/"lowbit.safetensors", plan.compress(m, {"blocks.0.attn.q": (4, 64, "absmax.quantize")})); (wide/"model.safetensors").unlink()
     assert job._runner(wide, floats, 4) is floats
+
+def test_a_packed_model_stays_where_it_is_and_can_be_copied():
+    import copy
+    s = Shape(vocab=13, dim=8, ff=16, layers=1, heads=2, kv_heads=1, context=8)
+    p, x = packed(s)[0], torch.arange(5)[None]
+    with pytest.raises(TypeError, match="stays on the processor"): p.double()
+    assert torch.equal(copy.deepcopy(p)(x), p(x))
+    with pytest.raises(ValueError, match="tokens on meta"): p(x.to("meta"))
+    for change in (lambda c: setattr(c, "length", -1), lambda c: setattr(c, "v", c.v[..., :4, :]), lambda c: setattr(c, "k", c.k.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2, :])):
+        c = Cache(s, 1, 8); change(c)
+        with pytest.raises(ValueError, match="cache"): p(x, c)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from paretolab.engine.settings import member
-from paretolab.kernels import native, state_steps
+from paretolab.kernels import native, state_steps, steps
 from paretolab.optimizers import low_bit_states, state_codes
 from paretolab.optimizers.state_codes import Expanded, Tree
 
@@ -364,3 +364,10 @@ def test_a_mutant_of_the_native_pass_is_noticed(old, new, tmp_path):
     assert old in text, "the mutant's line is gone: write it anew"
     (tmp_path/"state_steps.cpp").write_text(text.replace(old, new))
     with pytest.raises(AssertionError): native_is_right(tmp_path/"state_steps.cpp")
+
+def test_other_types_never_reach_c():
+    form = state_codes.Tree(); x = torch.randn(4, 64); m, v = form.encode(x, True), form.encode(x.abs(), False)
+    numbers = dict(beta1=.9, fresh1=.1, beta2=.99, fresh2=.01, keep=1., step=.1, root=1., eps=1e-8)
+    for w, g in ((x.half(), x), (x, x.double())):
+        with pytest.raises(TypeError, match="float32"): state_steps.adamw(form, w.clone(), g, m, v, **numbers)
+    with pytest.raises(TypeError, match="float32"): state_steps.encode(form, x.half(), True)

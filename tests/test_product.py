@@ -333,3 +333,15 @@ def test_a_broken_product_is_seen(name, old, new, tmp_path):
     env = os.environ | dict(PYTHONPATH=str(tmp_path/"pkg"), PARETOLAB_CACHE=str(tmp_path/"cache"))
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 or done.returncode < 0, done.stdout[-2000:]
+
+def test_integers_that_do_not_fit_are_refused():
+    for grid, k in ((torch.arange(256.) + 256, 65536), (torch.arange(256.) + 255.5, 18432)):
+        with pytest.raises(ValueError, match="fit 32 bits"): product.pack(LowBit.pack(torch.zeros(1, k, dtype=torch.int), torch.ones(1, 1).half(), grid, 8))
+
+@compiler
+def test_tensors_that_move_are_found_again():
+    q, x = tensor("4", 40, 64, 32), torch.randn(2, 64)
+    p = product.pack(q)
+    y = product.fast(x, p)
+    p.data.share_memory_(), p.scales.share_memory_()
+    assert torch.equal(product.fast(x, p), y)

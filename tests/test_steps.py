@@ -103,3 +103,10 @@ def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
         except AssertionError: continue
         alive.append(old)
     record_property("mutants", len(MUTANTS)); assert not alive, alive
+
+def test_what_does_not_fit_never_reaches_c():
+    with pytest.raises(TypeError, match="int32 rows"): steps.Sketch(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4), 2)
+    with pytest.raises(ValueError, match="0 to r - 1"): steps.Sketch(torch.full((1, 4), 10**8, dtype=torch.int32), torch.ones(1, 4), 2)
+    W, G = torch.zeros(400, 8), torch.ones(400, 8)
+    assert not steps.apply(W, G, torch.ones(1), 1.) and not steps.lion([torch.zeros(1000)], [torch.ones(1)], [torch.ones(1)], .1, (.9, .99), 1.) and steps.moments(W, G[:5], G[:5], (.9, .99), 1e-6) is None
+    with pytest.raises(ValueError, match="column for each"): steps.project(G, torch.ones(1, 3))

@@ -85,7 +85,7 @@ class _Struct(ctypes.Structure):
 
 _structs, _kinds = WeakKeyDictionary(), {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
-# %% ../../../nbs/kernels/rows16.ipynb #30ba253e
+# %% ../../../nbs/kernels/rows16.ipynb #ea8bfd5b
 @dataclass(frozen=True, eq=False, repr=False)
 class Packed:
     "A low-bit matrix in the packing `rows16`, ready for products."
@@ -112,9 +112,11 @@ class Packed:
     @property
     def struct(self)->ctypes.Structure: # valid as long as the matrix lives
         "What C++ reads."
-        if (s := _structs.get(self)) is None:
-            pointers = [None if t is None else t.data_ptr() for t in (self.data, self.scales, self.zeros, self.perm, self.table, self.grid)]
-            s = _structs[self] = _Struct(*pointers, *self.shape, self.group, self.scales.shape[1], self.width, self.shift, self.offset, _kinds[self.scales.dtype], self.step)
+        pointers = tuple(None if t is None else t.data_ptr() for t in (self.data, self.scales, self.zeros, self.perm, self.table, self.grid))
+        was, s = _structs.get(self, (None, None))
+        if was != pointers:                                                     # new, or its tensors have moved, as into shared memory
+            s = _Struct(*pointers, *self.shape, self.group, self.scales.shape[1], self.width, self.shift, self.offset, _kinds[self.scales.dtype], self.step)
+            _structs[self] = pointers, s
         return s
 
 # %% ../../../nbs/kernels/rows16.ipynb #527e10ce
@@ -129,7 +131,7 @@ def _place(codes, width, group):
     lib.place(ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(data.data_ptr()), *size, width)
     return data
 
-# %% ../../../nbs/kernels/rows16.ipynb #f9dc65ef
+# %% ../../../nbs/kernels/rows16.ipynb #821f7252
 def _tiles(t, T):
     "A value per row and group, as (T, groups, 16)."
     return pad(t, (0, 0, 0, T*_ROWS - len(t))).view(T, _ROWS, t.shape[1]).transpose(1, 2).contiguous()
@@ -151,6 +153,7 @@ def pack(
     if isinstance(q.bits, tuple): raise ValueError(f"a product takes codes of one width (got widths {sorted(set(q.bits))}); quantize with one width per matrix")
     if q.group > 65536: raise ValueError(f"the integers of a group of more than 65536 columns may not fit 32 bits (got {q.group}); use smaller groups")
     L, T, s, z = levels(q.grid[0]), -(-q.shape[0]//_ROWS), q.scales, q.zeros
+    if (most := 127*q.group*max(abs(2**L.shift*n + L.offset) for n in L.level)) >= 2**31: raise ValueError(f"the integers of a group have to fit 32 bits, 2147483647 (got up to {most} with {q.group} columns of this grid); use smaller groups")
     codes, width, table, grid = _stored(q, L)
     s = s.to({torch.float8_e4m3fn: torch.float16, torch.float8_e8m0fnu: torch.bfloat16}.get(s.dtype, s.dtype))   # both exact
     if z is not None or L.rest:

@@ -28,7 +28,7 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #e5c94f45
+# %% ../../../nbs/kernels/state_steps.ipynb #d2ccb380
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("expanded", _I)] + \
@@ -44,6 +44,8 @@ def _at(t): return None if t is None else t.data_ptr()
 def _job(form, m, v=(), w=None, g=None, **numbers):
     "What C++ reads; valid as long as the tensors live."
     if odd := [t for t in (w, g, *m, *v) if t is not None and not (t.is_contiguous() and t.device.type == "cpu")]: raise ValueError(f"this step takes contiguous tensors on the processor (got {tuple(odd[0].shape)}, strides {odd[0].stride()}, on {odd[0].device})")
+    kinds = [(t, torch.float32) for t in (w, g)] + [(t, k) for x in (m, v) for t,k in zip(x, form.parts.values())]
+    if odd := [(t, k) for t,k in kinds if t is not None and t.dtype != k]: raise TypeError(f"this step takes weights and gradients of float32 and moments as the format keeps them (got {odd[0][0].dtype} in place of {odd[0][1]})")
     blocks = len(m[0])*-(-math.prod(m[0].shape[1:])//form.block)
     for x in (m, v or m):
         if any(t is not None and t.shape != m[0].shape for t in (w, g, x[0])) or any(t.numel() != blocks for t in x[1:]): raise ValueError(f"weights, gradients and codes have one shape, with {blocks} scales for {tuple(m[0].shape)} (got {[tuple(t.shape) for t in (w, g, *x) if t is not None]})")
@@ -86,7 +88,7 @@ def lion(
     if (lib := native.load("state_steps.cpp")) is None: return _lion(form, _rows(w), _rows(g), _flat(m), **numbers)
     _step(lib, path, form, m, (), w, g, numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #939ec728
+# %% ../../../nbs/kernels/state_steps.ipynb #17626d28
 def encode(
     form, # format
     x:Tensor, # numbers, (R, ...) float32
@@ -97,6 +99,7 @@ def encode(
     if (lib := native.load("state_steps.cpp")) is None:
         c, *rest = form.encode(_rows(x.contiguous()), signed)
         return c.view(x.shape), *rest
+    if x.dtype != torch.float32: raise TypeError(f"numbers to encode are float32 (got {x.dtype})")
     x = x.contiguous()
     parts = tuple(x.new_empty((len(x), -(-math.prod(x.shape[1:])//form.block)) if n else x.shape, dtype=t) for n,t in form.parts.items())
     _recode(lib, path, form, parts, x, signed, False)

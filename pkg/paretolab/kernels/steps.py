@@ -31,7 +31,7 @@ def _tall(*matrices):
     "Rows lie together: True; columns: False; neither, or not all alike: None."
     return True if all(t.is_contiguous() for t in matrices) else False if all(t.mT.is_contiguous() for t in matrices) else None
 
-# %% ../../../nbs/kernels/steps.ipynb #518802ad
+# %% ../../../nbs/kernels/steps.ipynb #ec036c4f
 def lion(
     W:list, # tensors θ, changed in place
     G:list, # their gradients g
@@ -41,18 +41,21 @@ def lion(
     keep:float, # 1 - ηλ
 )->bool: # was it done?
     "Lion's step of many tensors, in one pass over each."
-    if (lib := _library(*W, *G, *M)) is None or not all(t.is_contiguous() for part in (W, G, M) for t in part): return False
+    if (lib := _library(*W, *G, *M)) is None or not all(w.shape == g.shape == m.shape and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() for w,g,m in zip(W, G, M, strict=True)): return False
     at = [(ctypes.c_void_p*len(W))(*[t.data_ptr() for t in part]) for part in (W, G, M)]
     _call(lib, "lion", len(W), *at, (ctypes.c_int64*len(W))(*[t.numel() for t in W]), keep, lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1])
     return True
 
-# %% ../../../nbs/kernels/steps.ipynb #07f3c8bd
+# %% ../../../nbs/kernels/steps.ipynb #d7d65906
 @dataclass(frozen=True, eq=False)
 class Sketch:
     "A projection with a few entries in each column."
     at:Tensor # rows of the entries, (s, m) int32
     sign:Tensor # ±1/√s, (s, m) float32
     r:int # rank
+    def __post_init__(self):
+        if not (self.at.dtype == torch.int32 and self.sign.dtype == torch.float32 and self.at.shape == self.sign.shape and self.at.is_contiguous() and self.sign.is_contiguous()): raise TypeError(f"a sketch has int32 rows and float32 signs of one shape (s, m), contiguous (got {self.at.dtype} {tuple(self.at.shape)}, {self.sign.dtype} {tuple(self.sign.shape)})")
+        if self.at.numel() and not 0 <= int(self.at.min()) <= int(self.at.max()) < self.r: raise ValueError(f"rows of a sketch go from 0 to r - 1 = {self.r - 1} (got {int(self.at.min())} to {int(self.at.max())})")
     def __len__(self): return self.r
     def __getitem__(self, key): return Sketch(*(t[:, key[1]].contiguous() for t in (self.at, self.sign)), self.r) # P[:, columns]
     def to_dense(self): return torch.zeros(self.r, self.at.shape[1]).scatter_add_(0, self.at.long(), self.sign)
@@ -60,7 +63,7 @@ class Sketch:
 # %% ../../../nbs/kernels/steps.ipynb #2275ad70
 def _row(P): return P.contiguous() if not isinstance(P, Sketch) else P.sign[0] if len(P.sign) == 1 else P.sign.sum(0) # of a projection of rank 1
 
-# %% ../../../nbs/kernels/steps.ipynb #177f8e3c
+# %% ../../../nbs/kernels/steps.ipynb #85d2ea03
 def project(
     G:Tensor, # gradient, (n, m)
     P, # projection, (r, m): a tensor or a `Sketch`
@@ -68,12 +71,13 @@ def project(
     "Project the gradient and sum its squares."
     if (tall := _tall(G)) is None or (lib := _library(G, P.sign if isinstance(P, Sketch) else P)) is None: return None
     n, m, r, c = *G.shape, len(P), G.new_empty(len(G))
+    if (P.at if isinstance(P, Sketch) else P).shape[1] != m: raise ValueError(f"the projection has a column for each of the gradient's {m} (got {(P.at if isinstance(P, Sketch) else P).shape[1]})")
     if r > 1 and not isinstance(P, Sketch): R = G @ P.mT; _call(lib, "direction", G, n, m, tall, None, None, c)
     elif r == 1: R = G.new_empty(n, 1); _call(lib, "direction", G, n, m, tall, _row(P), R, c)
     else: R = G.new_empty(n, r); _call(lib, "sketch", G, n, m, tall, P.at, P.sign, len(P.at), r, R, c)
     return R, c
 
-# %% ../../../nbs/kernels/steps.ipynb #11ebb512
+# %% ../../../nbs/kernels/steps.ipynb #37b35fd9
 def moments(
     R:Tensor, # projected gradient, (n, r); becomes M/(√V + ϵ)
     M:Tensor, # running mean, (n, r), changed in place
@@ -82,12 +86,12 @@ def moments(
     eps:float, # ϵ
 )->tuple[Tensor,Tensor]|None: # squares of each row of the new R and of the old, (n,), or None
     "AdamW's moments and direction, and the size of its rows, in one pass."
-    if (lib := _library(R, M, V)) is None or not all(t.is_contiguous() for t in (R, M, V)): return None
+    if (lib := _library(R, M, V)) is None or not all(t.is_contiguous() and t.shape == R.shape for t in (R, M, V)): return None
     a, b = R.new_empty(2, len(R))
     _call(lib, "moments", R, M, V, *R.shape, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, a, b)
     return a, b
 
-# %% ../../../nbs/kernels/steps.ipynb #5b3dd079
+# %% ../../../nbs/kernels/steps.ipynb #d98a3605
 def apply(
     W:Tensor, # weights, (n, m), changed in place
     G:Tensor, # gradient, (n, m)
@@ -95,7 +99,7 @@ def apply(
     keep:float, # κ
 )->bool: # was it done?
     "Shrink the weights and take the scaled gradient off."
-    if (tall := _tall(W, G)) is None or (lib := _library(W, G, step)) is None or not step.is_contiguous(): return False
+    if (tall := _tall(W, G)) is None or (lib := _library(W, G, step)) is None or W.shape != G.shape or step.shape not in ((), W.shape[:1]) or not step.is_contiguous(): return False
     _call(lib, "apply", W, G, *(W.shape if tall else W.mT.shape), (1 if tall else 2) if step.ndim else 0, step, keep)
     return True
 

@@ -47,7 +47,7 @@ def _parts(shape, state):
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #815463a0
+# %% ../../../nbs/models/decode.ipynb #914738ea
 class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
@@ -64,6 +64,11 @@ class PackedLM(nn.Module):
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
         self._native = _native(self)
+    def _apply(self, fn, recurse=True): raise TypeError("a packed model stays on the processor and in its own types, where C++ reads it; make it anew from other tensors")
+    def __getstate__(self): return self.__dict__ | dict(_native=None)           # addresses are of this process and these tensors
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._native = _native(self)
     def forward(self,
         tokens:Tensor, # (1, T) int64
         cache=None, # keys and values so far: `models.generate.Cache`
@@ -74,15 +79,18 @@ class PackedLM(nn.Module):
         cache = cache or Cache(self.shape, 1, tokens.shape[1])
         return _fast(self, tokens, cache, last) if self._native else naive(self, tokens, cache)[:, -1 if last else 0:]
 
-# %% ../../../nbs/models/decode.ipynb #443fb782
+# %% ../../../nbs/models/decode.ipynb #f6280f76
 def _check(s, tokens, cache):
     "Refuse tokens or a cache that cannot be."
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or len(tokens) != 1 or not tokens.numel(): raise ValueError(f"a packed model reads one text at a time, of at least one token, (1, T) int64 (got {tokens.dtype} of shape {tuple(tokens.shape)})")
+    if tokens.device.type != "cpu": raise ValueError(f"a packed model runs on the processor (got tokens on {tokens.device}); move them with .cpu()")
     T, past = tokens.shape[1], cache.length if cache else 0
+    if past < 0: raise ValueError(f"a cache holds at least 0 tokens (got a length of {past})")
     if past + T > s.context: raise ValueError(f"the model was made for sequences of at most {s.context} tokens (got {past + T}); use a shorter text")
     if not cache: return
     want = (s.layers*s.repeat, 1, s.kv_heads, cache.k.shape[3], s.head_dim)
-    if cache.k.shape != want or cache.k.dtype != torch.float32 or cache.k.device.type != "cpu": raise ValueError(f"the cache has to be float32 of shape {want} on the processor (got {cache.k.dtype} of shape {tuple(cache.k.shape)} on {cache.k.device})")
+    for t in (cache.k, cache.v):
+        if t.shape != want or t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous(): raise ValueError(f"the cache has to be float32 of shape {want} on the processor, contiguous (got {t.dtype} of shape {tuple(t.shape)} on {t.device})")
     if past + T > want[3]: raise ValueError(f"the cache has room for {want[3]} tokens (got {past + T}); make it longer")
 
 # %% ../../../nbs/models/decode.ipynb #e248ebcf
