@@ -152,7 +152,7 @@ llama_cpp.llama_backend_init()
 big, small = replace(mobilellm("1B"), layers=8), mobilellm("125M")
 with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
-    shapes = [compare("1B-8", big, "TQ2_0", "Q8_0", {"head 4": ("TQ2_0", "Q4_0"), "head 2": ("TQ2_0", (2, 64)), "rows": ((2, 0), (8, 0)), "group 32": ((2, 32), "Q8_0"), "Q2_K": "Q2_K"}, folder),
+    shapes = [compare("1B", mobilellm("1B"), "TQ2_0", "Q8_0", {}, folder), compare("1B-8", big, "TQ2_0", "Q8_0", {"head 4": ("TQ2_0", "Q4_0"), "head 2": ("TQ2_0", (2, 64)), "rows": ((2, 0), (8, 0)), "group 32": ((2, 32), "Q8_0"), "Q2_K": "Q2_K"}, folder),
               compare("125M", small, "Q4_0", "Q4_0", {"rows": ((4, 0), (4, 0)), "2 bits": ((2, 64), (4, 64))}, folder)]
 cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
 result = dict(machine=platform.machine(), cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, llama_cpp_python=llama_cpp.__version__,

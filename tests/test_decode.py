@@ -190,10 +190,11 @@ def test_ctrl_c_ends_the_line_and_leaves_with_130(folder):
 
 def test_the_speed_of_a_point_is_that_of_the_low_bit_model(folder):
     floats = job.load(folder)
-    assert type(job._runner(folder, floats, 3)) is PackedLM and job._runner(folder, floats, 16) is floats
+    (packed, engine), floating = job._runner(folder, floats, 3), job._runner(folder, floats, 16)
+    assert type(packed) is PackedLM and engine == "packed" and floating == (floats, "torch")
     m = hf.load(hf.shipped()); (wide := folder.parent/"wide").mkdir(exist_ok=True)
     hf.save(m, wide, TOK); lowbit.save(wide/"lowbit.safetensors", plan.compress(m, {"blocks.0.attn.q": (4, 64, "absmax.quantize")})); (wide/"model.safetensors").unlink()
-    assert job._runner(wide, floats, 4) is floats
+    assert job._runner(wide, floats, 4) == (floats, "torch")                    # and the point says so
 
 def test_a_packed_model_stays_where_it_is_and_can_be_copied():
     import copy

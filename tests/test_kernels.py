@@ -12,8 +12,10 @@ BITS = 1, 1.58, 2, 3, 4, 6, 8
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PARETOLAB_CACHE", str(tmp_path/"cache"))
     native.load.cache_clear()
+    native._compiler.cache_clear()
     yield tmp_path/"cache"
     native.load.cache_clear()
+    native._compiler.cache_clear()
 
 def answer(source):
     "Load in a process of its own: this one may still hold an older library of the same name."

@@ -114,4 +114,4 @@ def test_columns_are_the_fields(tmp_path):
     "Adding, renaming or reordering a column is a change of the file format: it has to be meant."
     write([lost], tmp_path/"p")
     assert pq.read_table(tmp_path/"p").column_names == [f.name for f in fields(Point)] == """name shape parameters bits group embed_bits quantizer optimizer mixture
-        tokens train_seconds training_state_bytes model_bytes bpb_macro bpb decode_tokens_per_s decode_prompt_tokens decode_new_tokens threads seed failed""".split()
+        tokens train_seconds training_state_bytes model_bytes bpb_macro bpb decode_tokens_per_s decode_prompt_tokens decode_new_tokens threads decode_engine seed failed""".split()

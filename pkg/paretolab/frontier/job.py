@@ -181,11 +181,11 @@ def _ship(model, folder, bits, group, embed_bits, s, text):
 
 # %% ../../../nbs/frontier/job.ipynb #a1467ef8
 def _runner(folder, small, bits):
-    "The model whose speed is the point's."
+    "The model whose speed is the point's, and its engine: what has a part that no product reads from codes runs from floats."
     from paretolab.models import decode
-    if bits == 16: return small
-    try: return decode.load(folder)
-    except ValueError: return small
+    if bits == 16: return small, "torch"
+    try: return decode.load(folder), "packed"
+    except ValueError: return small, "torch"
 
 # %% ../../../nbs/frontier/job.ipynb #5e5db657
 def measure(
@@ -206,12 +206,12 @@ def measure(
         how = {} if bits == 16 else dict(group=group, embed_bits=float(embed_bits), quantizer=s.quantizer)
         size = _ship(model, folder, bits, group, embed_bits, s, text)
         small = load(folder)
-        bpb, threads = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads()
+        bpb, threads, (fastest, engine) = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads(), _runner(folder, small, bits)
         torch.set_num_threads(1)
-        try: speed = decode_speed(_runner(folder, small, bits))
+        try: speed = decode_speed(fastest)
         finally: torch.set_num_threads(threads)
         return Point(name=name, parameters=small.shape.parameters, bits=float(bits), **how, model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
-            decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, **record)
+            decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, decode_engine=engine, **record)
     except (ValueError, RuntimeError, OSError, MemoryError) as e: return Point(name=name, bits=float(bits), failed=str(e) or type(e).__name__, **record)
 
 # %% ../../../nbs/frontier/job.ipynb #85185e93

@@ -60,6 +60,7 @@ class Point:
     decode_prompt_tokens: int|None = None
     decode_new_tokens: int|None = None
     threads: int|None = None                # during decoding
+    decode_engine: str = ""                 # "packed": from its codes; "torch": from floats
     seed: int|None = None
     failed: str = ""                        # the reason, or empty
 

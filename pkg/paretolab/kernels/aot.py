@@ -67,7 +67,7 @@ def _amd(code):
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
     return dict(registers=number("vgpr_count"), stack=number("private_segment_fixed_size"), spills=number("vgpr_spill_count")), ops, r"v_mfma"
 
-# %% ../../../nbs/kernels/aot.ipynb #c584b162
+# %% ../../../nbs/kernels/aot.ipynb #a53c6793
 @dataclass(frozen=True)
 class Report:
     "What one kernel became on one target."
@@ -75,9 +75,14 @@ class Report:
     stack:int # bytes of thread-local memory
     spills:int # L
     shared:int # S, bytes
-    tensor:int # T
+    products:dict[str,int] # tensor-core instructions by name
     instructions:int # I
     mix:dict[str,int] = field(default_factory=dict) # the eight most frequent instructions
+
+    @property
+    def tensor(self)->int: # T
+        "How many tensor-core instructions there are."
+        return sum(self.products.values())
 
 def dissect(
     case:Case, # what to compile
@@ -88,7 +93,8 @@ def dissect(
     use, ops, mma = (_amd if target.startswith("gfx") else _nvidia)(code)
     kinds = [op.split(".")[0] for op in ops]
     mix = dict(sorted({k: kinds.count(k) for k in set(kinds)}.items(), key=lambda kv: (-kv[1], kv[0]))[:8])
-    return Report(**use, shared=code.metadata.shared, tensor=sum(bool(re.match(mma, op)) for op in ops), instructions=len(ops), mix=mix)
+    products = [op for op in ops if re.match(mma, op)]
+    return Report(**use, shared=code.metadata.shared, products={op: products.count(op) for op in sorted(set(products))}, instructions=len(ops), mix=mix)
 
 # %% ../../../nbs/kernels/aot.ipynb #95143e1a
 def problems(
@@ -144,11 +150,12 @@ def reports(
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool: list(pool.map(_remembered, *zip(*missing)))
     return [_remembered(*a) for a in args]
 
-# %% ../../../nbs/kernels/aot.ipynb #9d4681d4
+# %% ../../../nbs/kernels/aot.ipynb #28c043ca
 def grown(
     was:Report, # in the snapshot
     now:Report,
 )->list[str]: # sentences; none if nothing got worse
     "Say what got worse."
     worse = [f"{k} grew from {getattr(was, k)} to {getattr(now, k)}" for k in ("registers", "stack", "spills", "shared", "instructions") if getattr(now, k) > getattr(was, k)]
-    return worse + ["the tensor-core instructions are gone"]*(was.tensor > 0 == now.tensor)
+    gone = sorted(was.products.keys() - now.products.keys())
+    return worse + [f"the tensor-core instructions {', '.join(gone)} are gone, and there are {', '.join(sorted(now.products)) or 'none'}"]*bool(gone)

@@ -61,7 +61,15 @@ def build(
         if done.returncode: raise RuntimeError(f"{f[0]} could not compile {source.name}; set CXX to another compiler, or to nothing to do without: {done.stderr.strip()}")
         return made.rename(folder/f"{stem}-{hashlib.sha256(made.read_bytes()).hexdigest()}.so")
 
-# %% ../../../nbs/kernels/native.ipynb #8057d32e
+# %% ../../../nbs/kernels/native.ipynb #944cdef9
+@functools.cache
+def _compiler(name):
+    "Its path, or None and one warning."
+    path = shutil.which(name)
+    if not path: warnings.warn(f"no C++ compiler ({name!r} is not on the path), so the compiled kernels run as their torch definitions, which are slower", stacklevel=3)
+    return path
+
+# %% ../../../nbs/kernels/native.ipynb #16eb2cff
 @functools.cache
 def load(
     source:str|Path, # a file of kernels/csrc, or a path of your own
@@ -69,10 +77,7 @@ def load(
     "Compile a C++ file unless the cache has it, and open it."
     source = Path(paretolab.__file__).parent/"kernels"/"csrc"/source
     if not source.is_file(): raise FileNotFoundError(f"there is no C++ file {str(source)!r}; its page is exported by `make export`")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not compiler:
-        warnings.warn(f"no C++ compiler ({os.environ.get('CXX', 'g++')!r} is not on the path), so {source.name} runs as its torch definition, which is slower", stacklevel=2)
-        return None
+    if not (compiler := _compiler(os.environ.get("CXX", "g++"))): return None
     f = compiler, *_flags
     folder = Path(os.environ.get("PARETOLAB_CACHE", Path.home()/".cache"/"paretolab"/"kernels"))
     stem = f"{source.stem}-{key(source.read_bytes(), f, cpu())}"

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['naive', 'fast', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/product.ipynb #1bb8446a
+# %% ../../../nbs/kernels/product.ipynb #f64d35e2
 import ctypes, torch
 from torch import Tensor
 from . import activations, native
-from .rows16 import Packed, _codes_of, levels, pack, rows
+from .rows16 import Packed, _codes_of, levels, of_parts, pack, rows
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
@@ -52,20 +52,19 @@ def _plain(x, packed):
     y = (Δ*i).sum(0) if z is None else (Δ*i + z*A.t()[..., None]).sum(0)
     return (s.double()*packed.step*y).float().view(*x.shape[:-1], m)
 
-# %% ../../../nbs/kernels/product.ipynb #72bf1866
+# %% ../../../nbs/kernels/product.ipynb #fbd0bb26
 def _run(x, packed, path=None, threads=None):
     lib = native.load("product.cpp")
     if lib is None: return _plain(x, packed)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], packed.shape[0])
-    lib.product(ctypes.byref(packed.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.shape[:-1].numel()),
-        torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path)
+    if lib.product(ctypes.byref(packed.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(M := x.shape[:-1].numel()),
+        torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path): raise MemoryError(f"no memory for the rounded activations of {M} rows; multiply fewer rows at a time")
     return y
 
-# %% ../../../nbs/kernels/product.ipynb #dcb4c513
+# %% ../../../nbs/kernels/product.ipynb #3243bedc
 @torch.library.custom_op("paretolab::product", mutates_args=())
 def _product(x:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
-    m, k, *rest = numbers
-    return _run(x, Packed(data, scales, zeros, perm, table, grid, (m, k), *rest, step))
+    return _run(x, of_parts(data, scales, zeros, perm, table, grid, numbers, step))
 
 @_product.register_fake
 def _(x, data, scales, zeros, perm, table, grid, numbers, step): return x.new_empty(*x.shape[:-1], numbers[0])
@@ -78,21 +77,19 @@ def _backward(ctx, dy): return _back(dy, *ctx.saved_tensors, ctx.numbers, ctx.st
 
 @torch.library.custom_op("paretolab::product_back", mutates_args=())
 def _back(dy:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
-    m, k, *rest = numbers
-    return dy @ rows(Packed(data, scales, zeros, perm, table, grid, (m, k), *rest, step), torch.arange(m))
+    return dy @ rows(of_parts(data, scales, zeros, perm, table, grid, numbers, step), torch.arange(numbers[0]))
 
 @_back.register_fake
 def _(dy, data, scales, zeros, perm, table, grid, numbers, step): return dy.new_empty(*dy.shape[:-1], numbers[1])
 
 _product.register_autograd(_backward, setup_context=_remember)
 
-# %% ../../../nbs/kernels/product.ipynb #6ed42aa6
+# %% ../../../nbs/kernels/product.ipynb #2de3d2fd
 def fast(
     x:Tensor, # activations, (..., k) float32
     packed:Packed, # weights, (m, k)
 )->Tensor: # (..., m) float32
     "The product from the packing, with exact integers and torch's number of threads."
-    p = packed
-    _check(x, p.shape[1])
-    if type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()): return _run(x, p)
-    return _product(x, p.data, p.scales, p.zeros, p.perm, p.table, p.grid, [*p.shape, p.width, p.group, p.shift, p.offset], p.step)
+    _check(x, packed.shape[1])
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()): return _run(x, packed)
+    return _product(x, *packed.parts)

@@ -118,8 +118,8 @@ def _backward_kv(q, k, v, do, lse, δ, dk, dv, T, H, scale, LOCAL: tl.constexpr,
     tl.store(dk + at, (to_k*scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at, to_v.to(dv.dtype.element_ty), mask=inside)
 
-# %% ../../../nbs/kernels/s2_attention.ipynb #ecac304f
-def _warps(D): return 8 if D > 64 else 4
+# %% ../../../nbs/kernels/s2_attention.ipynb #280711f1
+def _warps(D, full=False, back=False): return 8 if D > 64 or full and back else 4
 
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -127,8 +127,8 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x.contiguous() for x in (q, k, v))
         N, H, T, D = q.shape
         o, lse = torch.empty_like(q), torch.empty(N, H, T, dtype=torch.float32, device=q.device)
-        ctx.grid, ctx.rest = (-(-T//block), N*H), dict(T=T, H=H, scale=D**-0.5, LOCAL=local, STRIDE=stride, D=D, B=block, num_warps=_warps(D), num_stages=2)
-        if q.numel(): _forward[ctx.grid](q, k, v, o, lse, **ctx.rest)
+        ctx.grid, ctx.rest = (-(-T//block), N*H), dict(T=T, H=H, scale=D**-0.5, LOCAL=local, STRIDE=stride, D=D, B=block, num_stages=2)
+        if q.numel(): _forward[ctx.grid](q, k, v, o, lse, **ctx.rest, num_warps=_warps(D))
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -136,10 +136,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         do, (dq, dk, dv) = do.contiguous(), map(torch.empty_like, (q, k, v))
-        δ = (do.float()*o.float()).sum(-1)
+        δ, warps = (do.float()*o.float()).sum(-1), _warps(q.shape[3], q.dtype == torch.float32, True)
         if q.numel():
-            _backward_q[ctx.grid](q, k, v, do, lse, δ, dq, **ctx.rest)
-            _backward_kv[ctx.grid](q, k, v, do, lse, δ, dk, dv, **ctx.rest)
+            _backward_q[ctx.grid](q, k, v, do, lse, δ, dq, **ctx.rest, num_warps=warps)
+            _backward_kv[ctx.grid](q, k, v, do, lse, δ, dk, dv, **ctx.rest, num_warps=warps)
         return dq, dk, dv, None, None, None
 
 def fast(
@@ -153,14 +153,14 @@ def fast(
     "Attend only the blocks that each head may see."
     _check(q, k, v, block, local, stride)
     if q.shape[3] not in (16, 32, 64, 128): raise ValueError(f"a head has 16, 32, 64 or 128 dimensions (got {q.shape[3]})")
-    if q.shape[3]*block > 4096: raise ValueError(f"a tile of {block} positions and {q.shape[3]} dimensions does not fit into registers: take blocks of at most {4096//q.shape[3]}")
+    if q.shape[3]*block > (most := 1024 if q.dtype == torch.float32 else 4096): raise ValueError(f"a tile of {block} positions and {q.shape[3]} dimensions of {q.dtype} does not fit into registers: take blocks of at most {most//q.shape[3]}" + ", or 16-bit numbers"*(most == 1024))
     ready(q)
     return _Attention.apply(q, k, v, block, local, stride)
 
-# %% ../../../nbs/kernels/s2_attention.ipynb #e227b3d9
-def _case(kernel, D, B, outs, ins):
-    fixed = dict(LOCAL=4, STRIDE=4, D=D, B=B)
-    return Case(f"D={D}, B={B}", kernel, dict.fromkeys(("q", "k", "v") + outs, "*bf16") | dict.fromkeys(ins, "*fp32") | dict(T="i32", H="i32", scale="fp32"), fixed, dot=True, num_warps=_warps(D), num_stages=2)
+# %% ../../../nbs/kernels/s2_attention.ipynb #875280e5
+def _case(kernel, D, B, outs, ins, x="bf16"):
+    fixed, warps = dict(LOCAL=4, STRIDE=4, D=D, B=B), _warps(D, x == "fp32", kernel is not _forward)
+    return Case(f"D={D}, B={B}{'' if x == 'bf16' else ', ' + x}", kernel, dict.fromkeys(("q", "k", "v") + outs, f"*{x}") | dict.fromkeys(ins, "*fp32") | dict(T="i32", H="i32", scale="fp32"), fixed, dot=x != "fp32", num_warps=warps, num_stages=2)
 
-cases = [c for D in (32, 64, 128) for B in (32, 64) if D*B <= 4096 for c in (_case(_forward, D, B, ("o",), ("lse",)),
-    _case(_backward_q, D, B, ("do", "dq"), ("lse", "δ")), _case(_backward_kv, D, B, ("do", "dk", "dv"), ("lse", "δ")))]
+_tiles = [(x, D, B) for x in ("bf16", "fp16", "fp32") for D in (16, 32, 64, 128) for B in (16, 32, 64) if D*B <= (1024 if x == "fp32" else 4096) and (x == "fp32" or B >= 32)]
+cases = [c for x, D, B in _tiles for c in (_case(_forward, D, B, ("o",), ("lse",), x), _case(_backward_q, D, B, ("do", "dq"), ("lse", "δ"), x), _case(_backward_kv, D, B, ("do", "dk", "dv"), ("lse", "δ"), x))]

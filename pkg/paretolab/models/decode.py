@@ -123,7 +123,7 @@ def _attention(s, q, k, v, table, remember):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True).transpose(1, 2).flatten(2).float()
 
-# %% ../../../nbs/models/decode.ipynb #79b44431
+# %% ../../../nbs/models/decode.ipynb #4e8b1b6f
 class _CBlock(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
 
@@ -151,6 +151,7 @@ def _fast(model, tokens, cache, last):
     z = torch.empty(1, T - first, model.shape.vocab)
     bad = f(ctypes.addressof(c), tokens.data_ptr(), T, cache.length, cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape[3], first, z.data_ptr(), torch.get_num_threads(), path)
     if bad >= 0: raise IndexError(f"tokens are numbers from 0 to {model.shape.vocab - 1} (got {int(tokens[0, bad])})")
+    if bad == -2: raise MemoryError(f"no memory for the activations of {T} tokens; read the text in shorter pieces")
     cache.length += T
     return z
 

@@ -140,8 +140,9 @@ def codes(self:LowBit)->Tensor: # uint8, (rows, columns), in stored order
     if not out.numel(): return out
     for (b, n), p, Q in zip(_blocks(self.shape, self.bits, self.group).items(), self.packed, self.grid):
         c = unpack(p, b, n)
-        if (top := int(c.max())) >= len(Q): raise ValueError(f"codes of {b:g} bits must be below {len(Q)}, the levels of their grid (got {top})")
+        if len(Q) < (3 if b == 1.58 else 2**b) and (top := int(c.max())) >= len(Q): raise ValueError(f"codes of {b:g} bits must be below {len(Q)}, the levels of their grid (got {top})")
         if b == 1.58 and (top := int(p.max())) >= 3**5: raise ValueError(f"a byte of five ternary codes is at most {3**5 - 1} (got {top})")
+        if not isinstance(self.bits, tuple): return c
         out[:, _columns(self.bits, b, self.group)] = c
     return out
 

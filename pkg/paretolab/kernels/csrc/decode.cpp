@@ -4,10 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 struct Packed;                                                           // of rows16.cpp and product.cpp
-using Product = void (*)(const Packed*, const float* x, float* y, int64_t M, int threads, int path);
+using Product = int (*)(const Packed*, const float* x, float* y, int64_t M, int threads, int path);
 using Lookup = void (*)(const Packed*, const int64_t* ids, int64_t n, float* out);
 
 struct Block { const Packed *q, *k, *v, *o, *gate, *up, *down; const float *norm1, *norm2; };
@@ -106,13 +107,12 @@ static void attend(const float* query, const float* k, const float* v, int64_t S
     for (int64_t j = 0; j < group * n; j++) y[j] = float(sums[j]);
 }
 
-extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, int64_t past, float* K, float* V, int64_t room, int64_t first, float* logits, int threads, int path) {
-    const Model& m = *model;
-    for (int64_t t = 0; t < T; t++) if (ids[t] < 0 || ids[t] >= m.vocab) return t;
+static void run(const Model& m, const int64_t* ids, int64_t T, int64_t past, float* K, float* V, int64_t room, int64_t first, float* logits, int threads, int path) {
     const int64_t n = m.head_dim, d = m.dim, kv = m.kv_heads * n, group = m.heads / m.kv_heads;
     std::vector<float> x(T * d), u(T * d), y(T * d), a(T * std::max(d, m.ff) + 8), b(T * std::max(kv, m.ff) + 8);
     std::vector<double> scratch(group * (past + T + 8 + 2 * n) + n);
-    auto times = [&](const Packed* w, const std::vector<float>& in, float* out, int64_t M) { m.product(w, in.data(), out, M, threads, path); };
+    auto multiply = [&](const Packed* w, const float* in, float* out, int64_t M) { if (m.product(w, in, out, M, threads, path)) throw std::bad_alloc(); };
+    auto times = [&](const Packed* w, const std::vector<float>& in, float* out, int64_t M) { multiply(w, in.data(), out, M); };
     auto norm = [&](const std::vector<float>& in, const float* w, std::vector<float>& out) { for (int64_t t = 0; t < T; t++) normalize(in.data() + t * d, w, m.eps, d, out.data() + t * d); };
     auto add = [&] { for (int64_t j = 0; j < T * d; j++) x[j] += y[j]; };
     m.rows(m.embed, ids, T, x.data());
@@ -145,6 +145,12 @@ extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, in
         if (post) norm(x, block.norm2, x);
     }
     norm(x, m.norm, u);
-    m.product(m.head, u.data() + first * d, logits, T - first, threads, path);
+    multiply(m.head, u.data() + first * d, logits, T - first);
+}
+
+// -1, or the place of a token that is none, or -2 where memory ran out
+extern "C" int64_t forward(const Model* model, const int64_t* ids, int64_t T, int64_t past, float* K, float* V, int64_t room, int64_t first, float* logits, int threads, int path) {
+    for (int64_t t = 0; t < T; t++) if (ids[t] < 0 || ids[t] >= model->vocab) return t;
+    try { run(*model, ids, T, past, K, V, room, first, logits, threads, path); } catch (const std::exception&) { return -2; }
     return -1;
 }

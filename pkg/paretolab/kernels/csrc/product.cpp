@@ -8,6 +8,8 @@
 #include <functional>
 #include <limits>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 #include <unistd.h>
@@ -405,7 +407,8 @@ public:
         if (threads < 2 || !only) return f();
         {
             std::lock_guard<std::mutex> l(m);
-            for (; hired < threads - 1; hired++) std::thread(&Team::worker, this, hired, job).detach();
+            try { for (; hired < threads - 1; hired++) std::thread(&Team::worker, this, hired, job).detach(); }
+            catch (const std::system_error&) {} // no more threads to be had: those that are hired do the work
             work = &f; want = threads - 1; job++;
         }
         go.notify_all();
@@ -444,8 +447,7 @@ static Gemv gemv(const Packed& p, int path) {
     return scalar;
 }
 
-extern "C" void product(const Packed* packed, const float* x, float* y, int64_t M, int threads, int path) {
-    const Packed& p = *packed;
+static void multiply(const Packed& p, const float* x, float* y, int64_t M, int threads, int path) {
     const int64_t K = p.columns(), few = 3, R = path == 2 ? 6 : 4;
     const bool many = path > 0 && M > few && (path == 1 || p.width < 8 || !p.shift);
     static thread_local std::vector<int8_t> a;
@@ -463,10 +465,11 @@ extern "C" void product(const Packed* packed, const float* x, float* y, int64_t 
     const Row* row = rows.data();
     Gemv f = gemv(p, path);
     std::atomic<int64_t> next{0};
+    std::atomic<bool> full{false};
     const int64_t T = p.tiles(), pair = many && path == 2 ? 2 : 1, chunk = pair * (threads > 1 ? (T / pair / (8 * threads) + 1) : T);
     auto work = [&] {
         static thread_local std::vector<uint8_t> scratch;
-        if (many || path == 0) scratch.resize(pair * K * 16);
+        try { if (many || path == 0) scratch.resize(pair * K * 16); } catch (const std::bad_alloc&) { full = true; return; }
         for (int64_t t0; (t0 = next.fetch_add(chunk)) < T;) for (int64_t t = t0; t < T && t < t0 + chunk; t += pair) {
             if (!many) { f(p, t, row, M, y, scratch.data()); continue; }
 #if defined(__x86_64__)
@@ -481,4 +484,10 @@ extern "C" void product(const Packed* packed, const float* x, float* y, int64_t 
     };
     if (threads < 2 || T * K * M * 16 < 1 << 20) work();
     else Team::of_this_process().run(threads, work);
+    if (full) throw std::bad_alloc();
+}
+
+extern "C" int product(const Packed* packed, const float* x, float* y, int64_t M, int threads, int path) { // 1: no memory
+    try { multiply(*packed, x, y, M, threads, path); } catch (const std::exception&) { return 1; }
+    return 0;
 }
