@@ -118,7 +118,7 @@ def _backward_kv(q, k, v, do, lse, δ, dk, dv, T, H, scale, LOCAL: tl.constexpr,
     tl.store(dk + at, (to_k*scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at, to_v.to(dv.dtype.element_ty), mask=inside)
 
-# %% ../../../nbs/kernels/s2_attention.ipynb #280711f1
+# %% ../../../nbs/kernels/s2_attention.ipynb #919428da
 def _warps(D, full=False, back=False): return 8 if D > 64 or full and back else 4
 
 class _Attention(torch.autograd.Function):
@@ -153,7 +153,8 @@ def fast(
     "Attend only the blocks that each head may see."
     _check(q, k, v, block, local, stride)
     if q.shape[3] not in (16, 32, 64, 128): raise ValueError(f"a head has 16, 32, 64 or 128 dimensions (got {q.shape[3]})")
-    if q.shape[3]*block > (most := 1024 if q.dtype == torch.float32 else 4096): raise ValueError(f"a tile of {block} positions and {q.shape[3]} dimensions of {q.dtype} does not fit into registers: take blocks of at most {most//q.shape[3]}" + ", or 16-bit numbers"*(most == 1024))
+    most = (1024 if q.dtype == torch.float32 else 4096)//q.shape[3]
+    if block > most: raise ValueError(f"a tile of {block} positions and {q.shape[3]} dimensions of {q.dtype} does not fit into registers: take {f'blocks of at most {most}' if most >= 16 else 'bfloat16 or float16'}")
     ready(q)
     return _Attention.apply(q, k, v, block, local, stride)
 
