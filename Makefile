@@ -30,7 +30,7 @@ soak: $(READY) browser ## long fault and property campaigns, with a journal in s
 	$(BIN)/python -m pytest -m soak
 
 lab: $(READY) ## JupyterLab on the pages, at 127.0.0.1 only
-	PLOTLY_RENDERER=plotly_mimetype $(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=nbs
+	PLOTLY_RENDERER=plotly_mimetype $(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=nbs --LabApp.default_url=/lab/tree/explorers/start.ipynb
 
 docs: $(READY) ## the website, in _docs/
 	$(BIN)/python docs/build.py
