@@ -206,3 +206,18 @@ def test_a_packed_model_stays_where_it_is_and_can_be_copied():
     for change in (lambda c: setattr(c, "length", -1), lambda c: setattr(c, "v", c.v[..., :4, :]), lambda c: setattr(c, "k", c.k.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2, :])):
         c = Cache(s, 1, 8); change(c)
         with pytest.raises(ValueError, match="cache"): p(x, c)
+
+
+def test_tensors_that_move_are_found_again():
+    "Pickling for another process, or sharing by hand, puts them elsewhere."
+    from multiprocessing.reduction import ForkingPickler
+    s = Shape(vocab=64, dim=32, ff=48, layers=2, heads=2, kv_heads=1, context=16)
+    with torch.no_grad():
+        p, x = packed(s, 4)[0], torch.randint(64, (1, 8))
+        y = p(x)
+        ForkingPickler.dumps(p)
+        assert torch.equal(p(x), y)
+        p.blocks[1].down.data.share_memory_(), p.blocks[0].q.scales.share_memory_()
+        assert torch.equal(p(x), y)
+        p.norm.weight = torch.nn.Parameter(2*p.norm.weight, requires_grad=False)
+        assert torch.equal(p(x), naive(p, x)) and not torch.equal(p(x), y)

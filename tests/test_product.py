@@ -235,6 +235,35 @@ def test_gradient_is_that_of_the_dequantized_matrix():
     assert torch.equal(y.detach(), product.fast(x.detach(), product.pack(q)))
     torch.testing.assert_close(x.grad, dy @ q.dequantize())
 
+@compiler
+def test_a_fork_while_others_multiply_works():
+    "A lock that is held at the moment of the fork would be held for ever in the child."
+    run = """if True:
+        import os, sys, threading, torch
+        sys.path.insert(0, %r)
+        import test_product as t
+        torch.set_num_threads(1)
+        p, x = t.product.pack(t.tensor("4", 160, 640, 128)), torch.randn(11, 640)      # barely large enough for more than one thread: locks are taken often
+        y, stop = t.product._run(x, p, None, 1), []
+        def call():
+            while not stop: t.product._run(x, p, None, 2)
+        crew = [threading.Thread(target=call) for _ in range(6)]
+        for c in crew: c.start()
+        bad = 0
+        sys.setswitchinterval(1e-5)
+        for _ in range(100):
+            child = os.fork()
+            if not child:
+                import signal
+                signal.alarm(20)
+                os._exit(0 if torch.equal(t.product._run(x, p, None, 2), y) else 1)
+            bad += os.waitpid(child, 0)[1] != 0
+        stop.append(1)
+        for c in crew: c.join()
+        print(bad)""" % str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", run], capture_output=True, text=True, timeout=240)
+    assert done.stdout == "0\n", done.stdout + done.stderr[-2000:]
+
 @pytest.mark.parametrize("grid", ["FP4", "stretched"])
 def test_the_operator_keeps_its_promises_to_torch(grid):
     p = product.pack(tensor(grid, 20, 64, 32, zeros=torch.float16, perm=True))
@@ -255,7 +284,49 @@ def test_compiles_as_one_graph(dynamic):
         y = f(x)
         assert torch.equal(y.detach(), product.fast(x.detach()*2, p).relu())
         y.sum().backward()
-        assert x.grad.isfinite().all()
+        eager = x.detach().clone().requires_grad_()
+        product.fast(eager*2, p).relu().sum().backward()
+        assert torch.equal(x.grad, eager.grad)
+
+@pytest.mark.parametrize("change, says", [(dict(perm=torch.zeros(64, dtype=torch.int32)), "each column from 0 to 63 once"), (dict(perm=torch.arange(63, dtype=torch.int32)), "perm of a packed matrix"), (dict(shape=(400, 64)), "data of"),
+    (dict(shape=(20, 4096)), "columns|groups divide|data of"), (dict(width=8), "data of"), (dict(width=5), "codes have"), (dict(group=0), "groups divide"), (dict(scales=torch.ones(2, 2, 8).half()), "scales of"), (dict(grid=torch.ones(3)), "grid of"),
+    (dict(data=torch.zeros(0, dtype=torch.uint8)), "data of"), (dict(version=2), "version 2"), (dict(layout="plain"), "layout")])
+def test_what_no_packing_made_is_refused(change, says):
+    import dataclasses
+    p, x = dataclasses.replace(product.pack(tensor("4", 20, 64, 32, perm=True)), **change), torch.randn(3, 64)
+    with pytest.raises((ValueError, TypeError), match=says): product.fast(x, p)
+    with pytest.raises((ValueError, TypeError), match=says): product.rows(p, torch.tensor([0]))
+    if not {"version", "layout"} & change.keys():
+        with pytest.raises((ValueError, TypeError), match=says): torch.ops.paretolab.product(x, *p.parts)
+
+def test_traced_batched_and_negated():
+    p, x, other = product.pack(tensor("stretched", 20, 64, 32)), torch.randn(3, 64), torch.randn(3, 64)
+    assert torch.equal(torch.jit.trace(lambda v: product.fast(v, p), x)(other), product.fast(other, p))
+    assert torch.equal(torch.func.vmap(lambda v: product.fast(v, p), in_dims=1)(x.t()), product.fast(x, p))
+    assert torch.equal(product.fast(torch._neg_view(x), p), product.fast(-x, p))
+    with pytest.raises(NotImplementedError, match="forward mode"): torch.func.jvp(lambda v: product.fast(v, p), (x,), (x,))
+
+def test_the_order_of_columns_is_its_own():
+    q, x = tensor("4", 20, 64, 32, perm=True), torch.randn(2, 64)
+    p = product.pack(q)
+    y = product.fast(x, p)
+    q.perm.fill_(2**30)
+    assert torch.equal(product.fast(x, p), y)
+
+@compiler
+def test_without_the_newest_instructions_compiled_in(tmp_path, monkeypatch):
+    "Built for any x86-64 or ARM: every path is chosen when it runs, and gives the same bits."
+    source = Path(native.__file__).parent/"csrc"/"product.cpp"
+    f = (shutil.which("g++"), *[flag for flag in native._flags if not flag.startswith("-march")])
+    lib, load = ctypes.CDLL(str(native.build(source, tmp_path, "product-plain", f))), native.load
+    for grid in ("sign", "ternary", "3", "4", "FP4", "8 half"):
+        p = product.pack(tensor(grid, 37, 96, 32, zeros=torch.float16))
+        for M in (1, 5):
+            x = torch.randn(M, 96)
+            want = product._run(x, p)
+            with monkeypatch.context() as m:
+                m.setattr(native, "load", lambda name: lib if name == "product.cpp" else load(name))
+                for path in PATHS: assert torch.equal(product._run(x, p, path), want)
 
 # ---- without a compiler, and under the sanitizer
 

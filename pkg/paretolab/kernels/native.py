@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['key', 'cpu', 'find', 'build', 'load']
 
-# %% ../../../nbs/kernels/native.ipynb #9e2560d0
-import ctypes, functools, hashlib, os, platform, re, shutil, subprocess, tempfile, warnings
+# %% ../../../nbs/kernels/native.ipynb #74cbd7f0
+import ctypes, functools, hashlib, os, platform, re, shlex, shutil, subprocess, tempfile, warnings
 from pathlib import Path
 import paretolab
 
@@ -61,15 +61,15 @@ def build(
         if done.returncode: raise RuntimeError(f"{f[0]} could not compile {source.name}; set CXX to another compiler, or to nothing to do without: {done.stderr.strip()}")
         return made.rename(folder/f"{stem}-{hashlib.sha256(made.read_bytes()).hexdigest()}.so")
 
-# %% ../../../nbs/kernels/native.ipynb #944cdef9
+# %% ../../../nbs/kernels/native.ipynb #0d5156ad
 @functools.cache
 def _compiler(name):
-    "Its path, or None and one warning."
-    path = shutil.which(name)
-    if not path: warnings.warn(f"no C++ compiler ({name!r} is not on the path), so the compiled kernels run as their torch definitions, which are slower", stacklevel=3)
-    return path
+    "Its path and arguments, or None and one warning."
+    words = shlex.split(name)                           # "ccache g++" is a compiler too
+    if words and (path := shutil.which(words[0])): return path, *words[1:]
+    warnings.warn(f"no C++ compiler ({name!r} is not on the path), so the compiled kernels run as their torch definitions, which are slower" if words else "no C++ compiler, since CXX is set to nothing, so the compiled kernels run as their torch definitions, which are slower", stacklevel=3)
 
-# %% ../../../nbs/kernels/native.ipynb #16eb2cff
+# %% ../../../nbs/kernels/native.ipynb #407b2f78
 @functools.cache
 def load(
     source:str|Path, # a file of kernels/csrc, or a path of your own
@@ -78,7 +78,7 @@ def load(
     source = Path(paretolab.__file__).parent/"kernels"/"csrc"/source
     if not source.is_file(): raise FileNotFoundError(f"there is no C++ file {str(source)!r}; its page is exported by `make export`")
     if not (compiler := _compiler(os.environ.get("CXX", "g++"))): return None
-    f = compiler, *_flags
+    f = *compiler, *_flags
     folder = Path(os.environ.get("PARETOLAB_CACHE", Path.home()/".cache"/"paretolab"/"kernels"))
     stem = f"{source.stem}-{key(source.read_bytes(), f, cpu())}"
     return ctypes.CDLL(str(find(folder, stem) or build(source, folder, stem, f)))

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['naive', 'fast', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/product.ipynb #f64d35e2
+# %% ../../../nbs/kernels/product.ipynb #11fa98f3
 import ctypes, torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import activations, native
 from .rows16 import Packed, _codes_of, levels, of_parts, pack, rows
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
 
-# %% ../../../nbs/kernels/product.ipynb #7f3ab4a5
+# %% ../../../nbs/kernels/product.ipynb #3b61da0d
 def naive(
     x:Tensor, # activations, (..., k) float32
     q:LowBit, # weights, (m, k)
@@ -33,7 +35,7 @@ def naive(
     return (s.double()*y).float().view(*x.shape[:-1], m)
 
 def _check(x, k):
-    if x.dtype != torch.float32: raise TypeError(f"activations are float32 (got {x.dtype}); convert them with .float()")
+    if not isinstance(x, Tensor) or x.dtype != torch.float32: raise TypeError(f"activations are tensors of float32 (got {x.dtype if isinstance(x, Tensor) else type(x).__name__}); convert them with .float()")
     if x.device.type != "cpu": raise ValueError(f"this product runs on the processor (got activations on {x.device}); move them with .cpu()")
     if not x.ndim or x.shape[-1] != k: raise ValueError(f"the weights have {k} columns (got activations of shape {tuple(x.shape)})")
 
@@ -52,11 +54,11 @@ def _plain(x, packed):
     y = (Δ*i).sum(0) if z is None else (Δ*i + z*A.t()[..., None]).sum(0)
     return (s.double()*packed.step*y).float().view(*x.shape[:-1], m)
 
-# %% ../../../nbs/kernels/product.ipynb #fbd0bb26
+# %% ../../../nbs/kernels/product.ipynb #0a96e84a
 def _run(x, packed, path=None, threads=None):
     lib = native.load("product.cpp")
     if lib is None: return _plain(x, packed)
-    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], packed.shape[0])
+    x, y = x.resolve_neg().contiguous(), x.new_empty(*x.shape[:-1], packed.shape[0])
     if lib.product(ctypes.byref(packed.struct), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(M := x.shape[:-1].numel()),
         torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path): raise MemoryError(f"no memory for the rounded activations of {M} rows; multiply fewer rows at a time")
     return y
@@ -84,12 +86,23 @@ def _(dy, data, scales, zeros, perm, table, grid, numbers, step): return dy.new_
 
 _product.register_autograd(_backward, setup_context=_remember)
 
-# %% ../../../nbs/kernels/product.ipynb #2de3d2fd
+# %% ../../../nbs/kernels/product.ipynb #fbfe02ac
+@_product.register_vmap
+def _(info, places, x, *parts):
+    if any(p is not None for p in places[1:7]): raise ValueError("one product has one matrix: vmap goes over activations only")
+    return _product(x.movedim(places[0], 0), *parts), 0
+
+def _watched(x):
+    "Whether torch has to see the call: to compile or trace it, or to differentiate."
+    return type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() \
+        or torch._C._functorch.peek_interpreter_stack() is not None
+
 def fast(
     x:Tensor, # activations, (..., k) float32
     packed:Packed, # weights, (m, k)
 )->Tensor: # (..., m) float32
     "The product from the packing, with exact integers and torch's number of threads."
+    if not isinstance(packed, Packed): raise TypeError(f"the weights are what `pack` makes of a low-bit tensor (got {type(packed).__name__})")
+    if forward_ad._current_level >= 0: raise NotImplementedError("this product has a gradient, but no derivative in forward mode; use torch.autograd.grad")
     _check(x, packed.shape[1])
-    if type(x) is Tensor and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()): return _run(x, packed)
-    return _product(x, *packed.parts)
+    return _product(x, *packed.parts) if _watched(x) else _run(x, packed)

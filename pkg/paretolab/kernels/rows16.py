@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['place', 'levels', 'Packed', 'pack', 'of_parts', 'rows']
 
-# %% ../../../nbs/kernels/rows16.ipynb #4291f08a
+# %% ../../../nbs/kernels/rows16.ipynb #eab2f077
 import ctypes, torch
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.nn.functional import pad
 from . import native
 from ..quantizers.lowbit import LowBit
@@ -85,7 +86,21 @@ class _Struct(ctypes.Structure):
 
 _structs, _kinds = WeakKeyDictionary(), {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
-# %% ../../../nbs/kernels/rows16.ipynb #d3a35b82
+# %% ../../../nbs/kernels/rows16.ipynb #887092d5
+def _check(p):
+    "Nothing of another type, size or place reaches C++."
+    (m, k), T, G = p.shape, -(-p.shape[0]//_ROWS), -(-p.shape[1]//max(p.group, 1))
+    if p.layout != "rows16" or p.version != 1: raise ValueError(f"this is version 1 of the layout rows16 (got version {p.version} of {p.layout!r}); pack the low-bit tensor again")
+    if p.width not in _PIECES or p.group < 0 or G*p.group != k: raise ValueError(f"codes have {', '.join(map(str, _PIECES))} bits and groups divide the columns (got {p.width} bits, and groups of {p.group} for {k} columns)")
+    want = dict(data=((T, G*-(-p.group//_COLUMNS)*64*p.width), torch.uint8), scales=((T, G, _ROWS), p.scales.dtype), zeros=((T, G, _ROWS), p.scales.dtype), perm=((k,), torch.int32), table=((16,), torch.uint8), grid=((2**p.width,), torch.float32))
+    for name, (shape, dtype) in want.items():
+        t = getattr(p, name)
+        if t is None and name in ("zeros", "perm", "table"): continue
+        if tuple(t.shape) != shape or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() or t.dtype not in (torch.uint8, torch.int32, *_kinds):
+            raise ValueError(f"{name} of a packed matrix of {m} × {k} has to be {dtype} of shape {shape}, contiguous, on the processor (got {t.dtype} of shape {tuple(t.shape)} on {t.device})")
+    if p.perm is not None and k and not torch.equal(p.perm.sort().values, torch.arange(k, dtype=torch.int32)): raise ValueError(f"perm has to hold each column from 0 to {k - 1} once (got numbers from {int(p.perm.min())} to {int(p.perm.max())})")
+
+# %% ../../../nbs/kernels/rows16.ipynb #9148a25b
 @dataclass(frozen=True, eq=False, repr=False)
 class Packed:
     "A low-bit matrix in the packing `rows16`, ready for products."
@@ -119,6 +134,7 @@ class Packed:
         pointers = tuple(None if t is None else t.data_ptr() for t in (self.data, self.scales, self.zeros, self.perm, self.table, self.grid))
         was, s = _structs.get(self, (None, None))
         if was != pointers:                                                     # new, or its tensors have moved, as into shared memory
+            _check(self)
             s = _Struct(*pointers, *self.shape, self.group, self.scales.shape[1], self.width, self.shift, self.offset, _kinds[self.scales.dtype], self.step)
             _structs[self] = pointers, s
         return s
@@ -135,7 +151,7 @@ def _place(codes, width, group):
     lib.place(ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(data.data_ptr()), *size, width)
     return data
 
-# %% ../../../nbs/kernels/rows16.ipynb #821f7252
+# %% ../../../nbs/kernels/rows16.ipynb #fc0c2fec
 def _tiles(t, T):
     "A value per row and group, as (T, groups, 16)."
     return pad(t, (0, 0, 0, T*_ROWS - len(t))).view(T, _ROWS, t.shape[1]).transpose(1, 2).contiguous()
@@ -154,6 +170,7 @@ def pack(
     q:LowBit, # codes of one width
 )->Packed:
     "Rearrange a low-bit tensor for products."
+    if not isinstance(q, LowBit): raise TypeError(f"what is packed is a low-bit tensor, as quantizers make it (got {type(q).__name__})")
     if isinstance(q.bits, tuple): raise ValueError(f"a product takes codes of one width (got widths {sorted(set(q.bits))}); quantize with one width per matrix")
     if q.group > 65536: raise ValueError(f"the integers of a group of more than 65536 columns may not fit 32 bits (got {q.group}); use smaller groups")
     L, T, s, z = levels(q.grid[0]), -(-q.shape[0]//_ROWS), q.scales, q.zeros
@@ -164,9 +181,9 @@ def pack(
         z = ((0 if z is None else z.double()) + s.double()*L.rest)/L.step
         if not torch.equal(z.to(s.dtype).double(), z): s = s.float()
         z = _tiles(z.to(s.dtype), T)
-    return Packed(_place(codes, width, q.group), _tiles(s, T), z, q.perm, table, grid, q.shape, width, q.group, L.shift, L.offset, L.step)
+    return Packed(_place(codes, width, q.group), _tiles(s, T), z, None if q.perm is None else q.perm.clone(), table, grid, q.shape, width, q.group, L.shift, L.offset, L.step)
 
-# %% ../../../nbs/kernels/rows16.ipynb #3e093d99
+# %% ../../../nbs/kernels/rows16.ipynb #5ebaf941
 def _rows(p, i):
     "Rows i of a packed matrix, in torch."
     T, groups = i//_ROWS, p.scales.shape[1]
@@ -179,6 +196,7 @@ def _rows(p, i):
 
 def _look_up(ids, packed):
     m, k = packed.shape
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool: raise TypeError(f"rows are numbered by integers (got {ids.dtype})")
     i = ids.flatten().long().contiguous()
     if len(i) and not (0 <= int(i.min()) and int(i.max()) < m): raise IndexError(f"rows are numbered from 0 to {m - 1} (got {int(i.min())} to {int(i.max())})")
     lib, out = native.load("rows16.cpp"), torch.empty(len(i), k)
@@ -201,10 +219,12 @@ def _op(ids:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|N
 @_op.register_fake
 def _(ids, data, scales, zeros, perm, table, grid, numbers, step): return grid.new_empty(*ids.shape, numbers[1])
 
-# %% ../../../nbs/kernels/rows16.ipynb #1225f4d9
+# %% ../../../nbs/kernels/rows16.ipynb #f670d577
 def rows(
     packed:Packed, # (m, k)
     ids:Tensor, # (...) integers, 0 … m-1
 )->Tensor: # (..., k) float32
     "Values of some rows: the lookup of an embedding."
-    return _look_up(ids, packed) if type(ids) is Tensor and not torch.compiler.is_compiling() else _op(ids, *packed.parts)
+    if not isinstance(packed, Packed) or not isinstance(ids, Tensor): raise TypeError(f"rows of a packed matrix are asked for by a tensor of numbers (got {type(packed).__name__} and {type(ids).__name__})")
+    watched = type(ids) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return _op(ids, *packed.parts) if watched else _look_up(ids, packed)

@@ -47,7 +47,7 @@ def _parts(shape, state):
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #914738ea
+# %% ../../../nbs/models/decode.ipynb #674bd523
 class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
@@ -64,6 +64,10 @@ class PackedLM(nn.Module):
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
         self._native = _native(self)
+    def _addresses(self):
+        "Where everything lies that C++ reads."
+        parts = [*(getattr(b, n) for b in self.blocks for n in _CBlock.names), self.embed, self.head, self.norm]
+        return [t.data_ptr() for p in parts for t in ((p.data, p.scales) if isinstance(p, Packed) else (p.weight,))]
     def _apply(self, fn, recurse=True): raise TypeError("a packed model stays on the processor and in its own types, where C++ reads it; make it anew from other tensors")
     def __getstate__(self): return self.__dict__ | dict(_native=None)           # addresses are of this process and these tensors
     def __setstate__(self, state):
@@ -77,6 +81,7 @@ class PackedLM(nn.Module):
         from paretolab.models.generate import Cache
         _check(self.shape, tokens, cache)
         cache = cache or Cache(self.shape, 1, tokens.shape[1])
+        if self._native and self._native[-1] != self._addresses(): self._native = _native(self)           # its tensors have moved, as into shared memory
         return _fast(self, tokens, cache, last) if self._native else naive(self, tokens, cache)[:, -1 if last else 0:]
 
 # %% ../../../nbs/models/decode.ipynb #f6280f76
@@ -123,9 +128,10 @@ def _attention(s, q, k, v, table, remember):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True).transpose(1, 2).flatten(2).float()
 
-# %% ../../../nbs/models/decode.ipynb #4e8b1b6f
+# %% ../../../nbs/models/decode.ipynb #8e4a76d6
 class _CBlock(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
+    names = "q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2"
+    _fields_ = [(n, ctypes.c_void_p) for n in names]
 
 class _CModel(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("product", "rows", "blocks", "embed", "head", "norm", "cos", "sin")] + \
@@ -142,11 +148,11 @@ def _native(model):
     c = _CModel(code(product.product), code(lookup.rows), ctypes.addressof(blocks), *map(at, (model.embed, model.head, model.norm, model.cos, model.sin)),
         s.layers*s.repeat, s.repeat, s.post_ln, s.dim, s.ff, s.heads, s.kv_heads, s.head_dim, s.vocab, s.eps)
     f = ctypes.CFUNCTYPE(ctypes.c_int64, *[{"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}[k] for k in "ppllppllpii"])(("forward", decode))
-    return f, product.best_path(), c, blocks
+    return f, product.best_path(), c, blocks, model._addresses()
 
 def _fast(model, tokens, cache, last):
     "The forward in C++."
-    tokens, T, (f, path, c, _) = tokens.contiguous(), tokens.shape[1], model._native
+    tokens, T, (f, path, c, _) = tokens.contiguous(), tokens.shape[1], model._native[:4]
     first = T - 1 if last else 0
     z = torch.empty(1, T - first, model.shape.vocab)
     bad = f(ctypes.addressof(c), tokens.data_ptr(), T, cache.length, cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape[3], first, z.data_ptr(), torch.get_num_threads(), path)
@@ -155,7 +161,7 @@ def _fast(model, tokens, cache, last):
     cache.length += T
     return z
 
-# %% ../../../nbs/models/decode.ipynb #eba9eda0
+# %% ../../../nbs/models/decode.ipynb #5099042c
 def load(
     folder:str|Path, # holds config.json and either lowbit.safetensors or 16-bit safetensors
     bits:float|None=None, # of linear layers that are saved in 16 bits; None: 8
@@ -170,7 +176,7 @@ def load(
         if bits is not None: raise ValueError(f"the weights in {folder} have their widths already, so none can be chosen (got {bits=})")
         return PackedLM(hf.shape(folder), lowbit.load(file)[0])
     model = hf.load(folder)
-    return PackedLM(model.shape, plan.compress(model, plan.uniform(model, bits or 8, group, embed_bits=embed_bits)))
+    return PackedLM(model.shape, plan.compress(model, plan.uniform(model, 8 if bits is None else bits, group, embed_bits=embed_bits)))
 
 # %% ../../../nbs/models/decode.ipynb #283bd27e
 def stream(

@@ -391,6 +391,7 @@ class Team {
     const std::function<void()>* work = nullptr;
     int hired = 0, want = 0, at_work = 0;
     int64_t job = 0;
+    const pid_t owner = getpid();
     void worker(int me, int64_t seen) {
         for (std::unique_lock<std::mutex> l(m);;) {
             go.wait(l, [&] { return job != seen; });
@@ -417,11 +418,14 @@ public:
         want = 0;
         done.wait(l, [&] { return !at_work; });
     }
-    static Team& of_this_process() {
-        static std::mutex m; static Team* team = nullptr; static pid_t owner = 0;
-        std::lock_guard<std::mutex> l(m);
-        if (owner != getpid()) { team = new Team; owner = getpid(); }
-        return *team;
+    static Team& of_this_process() { // without a lock: one that was held while the process forked would be held for ever in the child
+        static std::atomic<Team*> team{nullptr};
+        Team *now = team.load(), *mine;
+        if (now && now->owner == getpid()) return *now;
+        mine = new Team;
+        if (team.compare_exchange_strong(now, mine)) return *mine;
+        delete mine; // another thread was first
+        return *now;
     }
 };
 
