@@ -60,7 +60,7 @@ def _writing(sub):
     for name,default,help in (("new", 128, "most tokens to write"), ("temperature", 0.8, "0: always the likeliest token"), ("top-k", 40, "draw from so many of the likeliest; 0: from all"), ("seed", 0, "of the draws"),
                               ("threads", 0, "0: one for each processor"), ("group", 64, "weights that share a scale, for a folder of 16-bit weights"), ("embed-bits", 8, "of the embedding, for a folder of 16-bit weights")):
         sub.add_argument(f"--{name}", type=type(default), default=default, metavar=type(default).__name__, help=f"{help} ({default})")
-    sub.add_argument("--bits", type=float, metavar="float", help="of the linear layers, for a folder of 16-bit weights (8)")
+    sub.add_argument("--bits", type=float, metavar="float", help="of the linear layers, for a folder of 16-bit weights: 2, 3, 4, 6 or 8 (8)")
 
 # %% ../../../nbs/frontier/command.ipynb #a4e93017
 def _train(s, globs):

@@ -47,7 +47,7 @@ def _parts(shape, state):
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #674bd523
+# %% ../../../nbs/models/decode.ipynb #b02baa94
 class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
@@ -63,11 +63,12 @@ class PackedLM(nn.Module):
         angle = torch.outer(torch.arange(s.context), s.theta**(-torch.arange(0, s.head_dim, 2)/s.head_dim))
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
+        self._tensors = [t for p in parts.values() if isinstance(p, Packed) for t in (p.data, p.scales)]
+        self._norms = [p._parameters for p in parts.values() if isinstance(p, nn.RMSNorm)]               # a weight may be replaced
         self._native = _native(self)
     def _addresses(self):
         "Where everything lies that C++ reads."
-        parts = [*(getattr(b, n) for b in self.blocks for n in _CBlock.names), self.embed, self.head, self.norm]
-        return [t.data_ptr() for p in parts for t in ((p.data, p.scales) if isinstance(p, Packed) else (p.weight,))]
+        return [t.data_ptr() for t in self._tensors] + [n["weight"].data_ptr() for n in self._norms]
     def _apply(self, fn, recurse=True): raise TypeError("a packed model stays on the processor and in its own types, where C++ reads it; make it anew from other tensors")
     def __getstate__(self): return self.__dict__ | dict(_native=None)           # addresses are of this process and these tensors
     def __setstate__(self, state):
@@ -128,10 +129,9 @@ def _attention(s, q, k, v, table, remember):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True).transpose(1, 2).flatten(2).float()
 
-# %% ../../../nbs/models/decode.ipynb #8e4a76d6
+# %% ../../../nbs/models/decode.ipynb #35365a37
 class _CBlock(ctypes.Structure):
-    names = "q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2"
-    _fields_ = [(n, ctypes.c_void_p) for n in names]
+    _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
 
 class _CModel(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("product", "rows", "blocks", "embed", "head", "norm", "cos", "sin")] + \
@@ -161,7 +161,7 @@ def _fast(model, tokens, cache, last):
     cache.length += T
     return z
 
-# %% ../../../nbs/models/decode.ipynb #5099042c
+# %% ../../../nbs/models/decode.ipynb #c7bf9b79
 def load(
     folder:str|Path, # holds config.json and either lowbit.safetensors or 16-bit safetensors
     bits:float|None=None, # of linear layers that are saved in 16 bits; None: 8
@@ -175,6 +175,8 @@ def load(
     if file.exists():
         if bits is not None: raise ValueError(f"the weights in {folder} have their widths already, so none can be chosen (got {bits=})")
         return PackedLM(hf.shape(folder), lowbit.load(file)[0])
+    for what, b in (("linear layers", bits), ("an embedding", embed_bits)):
+        if b is not None and b not in (2, 3, 4, 6, 8): raise ValueError(f"{what} of 16 bits are rounded to 2, 3, 4, 6 or 8 bits here (got {b:g}); fewer have to be trained, as in quantizers.paretoq")
     model = hf.load(folder)
     return PackedLM(model.shape, plan.compress(model, plan.uniform(model, 8 if bits is None else bits, group, embed_bits=embed_bits)))
 
@@ -192,7 +194,7 @@ def stream(
         if piece := decoder.step(tok, i): sent += len(piece); yield piece
     if rest := tok.decode(all_ids)[sent:]: yield rest
 
-# %% ../../../nbs/models/decode.ipynb #e4303de0
+# %% ../../../nbs/models/decode.ipynb #767df835
 def write(
     model:PackedLM,
     tok, # its `tokenizers.Tokenizer`
@@ -206,7 +208,8 @@ def write(
     "Continue a prompt, piece by piece."
     from paretolab.models.generate import Cache, sample
     ids, s = tok.encode(prompt, add_special_tokens=False).ids, model.shape
-    if not ids or new < 0: raise ValueError(f"a prompt has at least one token, and at least none is added (got {prompt!r:.80} and {new})")
+    if not ids: raise ValueError(f"a prompt has at least one token (got {prompt!r:.80})")
+    if new < 0: raise ValueError(f"the number of tokens to write is not negative (got {new})")
     if len(ids) + new > s.context: raise ValueError(f"the model was made for texts of at most {s.context} tokens (got a prompt of {len(ids)} and {new} new ones); shorten one of them")
     if max(ids) >= s.vocab: raise ValueError(f"the tokenizer knows more entries than the model's {s.vocab} (got token {max(ids)}); take the model's own")
     g = torch.Generator().manual_seed(seed)
