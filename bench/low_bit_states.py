@@ -40,7 +40,7 @@ def paths():
     "AdamW on a matrix that stays in the cache, by instruction set."
     from paretolab.kernels import state_steps
     from paretolab.optimizers.state_codes import Expanded, Tree
-    n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, root=1., eps=1e-8), {}, (64, 512)
+    n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, eps=1e-8), {}, (64, 512)
     for form in (Tree(), Expanded()):
         w, g = torch.randn(shape), torch.randn(shape); m, v = form.encode(g, True), form.encode(g*g, False)
         for path in range(native.load("state_steps.cpp").best_path() + 1):
