@@ -14,38 +14,43 @@ def llama60m(layers, ends):
     block = {f"layers.{i}.{n}.weight": s for i in range(layers) for n,s in {"q": (512, 512), "k": (512, 512), "v": (512, 512), "o": (512, 512), "gate": (1376, 512), "up": (1376, 512), "down": (512, 1376), "norm1": (512,), "norm2": (512,)}.items()}
     return block | ({"embed.weight": (32000, 512), "norm.weight": (512,), "head.weight": (32000, 512)} if ends else {})
 
-def peer(params):
-    "torchao's 8-bit AdamW, where it is installed."
-    try: import torchao; from torchao.optim import AdamW8bit
-    except ImportError: return {}
-    o = AdamW8bit(params, lr=1e-4)
-    return {f"torchao {torchao.__version__} AdamW8bit": o}
+def peers(params):
+    "8-bit AdamW of torchao and of bitsandbytes, where they are installed."
+    found = {}
+    try: import torchao; from torchao.optim import AdamW8bit; found[f"torchao {torchao.__version__} AdamW8bit"] = AdamW8bit(params, lr=1e-4)
+    except ImportError: pass
+    try: import bitsandbytes; found[f"bitsandbytes {bitsandbytes.__version__} AdamW8bit"] = bitsandbytes.optim.AdamW8bit(params, lr=1e-4)
+    except ImportError: pass
+    return found
 
 def speed(shapes, rounds, others=True):
     "Median over rounds of CPU time, all contenders taken in turns on the same parameters."
     torch.manual_seed(0)
     P = {n: torch.nn.Parameter(torch.randn(s)*.02) for n,s in shapes.items()}
     for p in P.values(): p.grad = torch.randn_like(p)*1e-3
-    O = {"torch fused": torch.optim.AdamW(P.values(), lr=1e-4, fused=True)} | {k: member("optimizers", k)(P.items(), lr=1e-4) for k in KINDS} | (peer(P.values()) if others else {})
+    O = {"torch fused": torch.optim.AdamW(P.values(), lr=1e-4, fused=True)} | {k: member("optimizers", k)(P.items(), lr=1e-4) for k in KINDS} | (peers([*P.values()]) if others else {})
     T = {k: [] for k in O}
-    for o in O.values(): o.step()
-    for _ in range(rounds):
+    for o in O.values(): o.step(); o.step()
+    for r in range(rounds):
         for k,o in O.items():
+            if k.endswith("8bit") and r%5: continue                       # these take long
             start = time.thread_time(); o.step(); T[k].append(time.thread_time() - start)
     size, fused = sum(p.numel() for p in P.values()), T["torch fused"]
-    return {k: dict(ns_per_weight=statistics.median(t)/size*1e9, ratio=statistics.median(a/b for a,b in zip(t, fused)), spread=[sorted(a/b for a,b in zip(t, fused))[i] for i in (rounds//4, -1 - rounds//4)],
-        state_bytes_per_weight=sum(v.nbytes for s in O[k].state.values() for v in s.values() if torch.is_tensor(v) and type(v) is torch.Tensor)/size) for k,t in T.items()}
+    return {k: dict(ns_per_weight=statistics.median(t)/size*1e9, **ratios(t, fused[::5] if len(t) < rounds else fused),
+        state_bytes_per_weight=sum(x.nbytes for s in O[k].state.values() for v in s.values() if torch.is_tensor(v) for x in ([getattr(v, a) for a in v.tensor_attrs] if hasattr(v, "tensor_attrs") else [v]))/size) for k,t in T.items()}
+
+def ratios(t, fused): x = sorted(a/b for a,b in zip(t, fused)); return dict(ratio=statistics.median(x), spread=[x[len(x)//4], x[-1 - len(x)//4]])
 
 def paths():
     "AdamW on a matrix that stays in the cache, by instruction set."
     from paretolab.kernels import state_steps
     from paretolab.optimizers.state_codes import Expanded, Tree
-    n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, eps=1e-8), {}, (64, 512)
+    n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, eps=1e-8), {}, (256, 512)
     for form in (Tree(), Expanded()):
         w, g = torch.randn(shape), torch.randn(shape); m, v = form.encode(g, True), form.encode(g*g, False)
         for path in range(native.load("state_steps.cpp").best_path() + 1):
             t = []
-            for _ in range(60): start = time.thread_time(); [state_steps.adamw(form, w, g, m, v, path=path, **n) for _ in range(10)]; t.append((time.thread_time() - start)/10)
+            for _ in range(40): start = time.thread_time(); [state_steps.adamw(form, w, g, m, v, path=path, **n) for _ in range(3)]; t.append((time.thread_time() - start)/3)
             out[f"{type(form).__name__} {('portable', 'AVX2', 'AVX-512')[path]}"] = statistics.median(t)/w.numel()*1e9
         t = []
         for _ in range(8): start = time.thread_time(); state_steps._adamw(form, w, g, m, v, **n); t.append(time.thread_time() - start)

@@ -156,8 +156,6 @@ template <bool S> static inline I take(const uint8_t* x, int n) {          // by
 }
 static inline void give(uint8_t* x, I c, int n) { B v = __builtin_convertvector(c, B); if (n >= WIDTH) memcpy(x, &v, WIDTH); else memcpy(x, &v, n); }
 
-static inline F only(F x, int n) { for (int i = n; i < WIDTH; i++) x[i] = 0; return x; }       // the first n
-
 #if WIDTH == 16
 static inline __m512i both(__m512i a, __m512i b) { return _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1); }
 static inline __m512i byte(int which, const I* x) {                         // one of the four bytes of 64 numbers
@@ -384,10 +382,10 @@ template <template <bool> class Format, bool lion> static void update(const Job&
             x += fresh1 * d;
             y += fresh2 * d * d;
             θ = θ * keep - x * step / (root(y) + eps);
-            y = only(y, l); give(V + k, y, WIDTH); ev.see(y);
+            give(V + k, y, WIDTH); ev.see(y);
         }
         give(w + k, θ, l);
-        x = only(x, l); give(M + k, x, WIDTH); em.see(x);
+        give(M + k, x, WIDTH); em.see(x);
     });
     u.see(0, b, em);
     if (!lion) u.see(1, b, ev);
