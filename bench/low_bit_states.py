@@ -1,4 +1,4 @@
-"Moments of 8 bits: the time of a step beside torch's fused AdamW, and what they cost a training run. `python bench/low_bit_states.py [speed|train]`; trials that are in the journal are not made again."
+"Moments of 8 bits: the time of a step beside torch's fused AdamW, and what they cost a training run. `python bench/low_bit_states.py [speed|train|shaken]`; trials that are in the journal are not made again."
 import json, platform, statistics, sys, tempfile, time
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from paretolab.engine.settings import Settings, member
 from paretolab.kernels import native
 
 torch.set_num_threads(1)
-RESULT, JOURNAL = (Path(__file__).parent/"results"/f"low_bit_states{s}" for s in (".json", "_trials.jsonl"))
+RESULT, JOURNAL, SHAKEN = (Path(__file__).parent/"results"/f"low_bit_states{s}" for s in (".json", "_trials.jsonl", "_shaken.json"))
 KINDS = "low_bit_states.AdamW8", "low_bit_states.AdamFP8", "lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionFP8"
 
 def llama60m(layers, ends):
@@ -59,13 +59,16 @@ def paths():
 
 STEPS, RATES = 60, {"AdamW": (2e-3, 4e-3, 8e-3), "Lion": (2.5e-4, 5e-4, 1e-3)}
 TRAINED = {"AdamW": ("adamw.AdamW", "low_bit_states.AdamW8", "low_bit_states.AdamFP8"), "Lion": ("lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionFP8")}
-def trial(optimizer, lr, seed, text):
+def trial(optimizer, lr, seed, text, shake=0):
+    "Bits per byte and bytes of state after a short run; `shake` draws a change of the start by a millionth."
     from paretolab.engine.evaluate import bits_per_byte, macro
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import cosine
     from paretolab.frontier import job
     s = Settings(optimizer=optimizer, lr=lr, seed=seed, batch=4, length=64, windows=4)
     model, stream, o = job._make(s, text)
+    if shake:
+        with torch.no_grad(): [p.mul_(1 + 1e-6*torch.randn(p.shape, generator=g)) for g in [torch.Generator().manual_seed(shake)] for p in model.parameters()]
     with tempfile.TemporaryDirectory() as folder: fit(model, stream, o, cosine(STEPS, 10), steps=STEPS, run=Path(folder)/"run", every=STEPS)
     return macro(bits_per_byte(model, text.windows, text.nbytes)), sum(v.nbytes for x in o.state.values() for v in x.values())
 
@@ -80,7 +83,13 @@ def train():
                     if (k, lr, seed) in done: continue
                     loss, size = trial(k, lr, seed, text)
                     with JOURNAL.open("a") as f: f.write(json.dumps([k, lr, seed, loss, size]) + "\n")
-    return [json.loads(line) for line in JOURNAL.read_text().splitlines()]
+
+def shaken():
+    "AdamW in 32 bits from starts that differ by a millionth: by how much do its ends?"
+    from paretolab.frontier import job
+    with tempfile.TemporaryDirectory() as out:
+        text = job.prepare(Settings(batch=4, length=64, windows=4, out=out))
+        SHAKEN.write_text(json.dumps({str(seed): [round(trial("adamw.AdamW", 4e-3, seed, text, k)[0], 4) for k in (0, 2, 3, 4, 5)] for seed in (0, 1)}) + "\n")
 
 def main(what):
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
@@ -88,7 +97,8 @@ def main(what):
         lines = {l.split(":")[0].strip(): l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if ":" in l} if Path("/proc/cpuinfo").exists() else {}
         found["machine"] = f"{lines.get('model name', platform.machine())}, torch {torch.__version__}"
         found["layer"], found["60M"], found["cache"] = speed(llama60m(1, False), 41), speed(llama60m(8, True), 7, others=False), paths()
-    if what in ("train", "all"): found["train"] = train()
+    if what in ("train", "all"): train()
+    if what in ("shaken", "all"): shaken()
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 if __name__ == "__main__": main(sys.argv[1] if len(sys.argv) > 1 else "all")
