@@ -1,4 +1,4 @@
-"Moments of 8 bits: the time of a step beside torch's fused AdamW, and what they cost a training run. `python bench/low_bit_states.py [speed|train]`; trials that are in the journal are not made again."
+"Moments of 8 bits: the time of a step beside torch's fused AdamW, and what they cost a training run. `python bench/low_bit_states.py [speed|train|shaken]`; trials that are in the journal are not made again."
 import json, platform, statistics, sys, tempfile, time
 from pathlib import Path
 
@@ -7,45 +7,50 @@ from paretolab.engine.settings import Settings, member
 from paretolab.kernels import native
 
 torch.set_num_threads(1)
-RESULT, JOURNAL = (Path(__file__).parent/"results"/f"low_bit_states{s}" for s in (".json", "_trials.jsonl"))
+RESULT, JOURNAL, SHAKEN = (Path(__file__).parent/"results"/f"low_bit_states{s}" for s in (".json", "_trials.jsonl", "_shaken.json"))
 KINDS = "low_bit_states.AdamW8", "low_bit_states.AdamFP8", "lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionFP8"
 
 def llama60m(layers, ends):
     block = {f"layers.{i}.{n}.weight": s for i in range(layers) for n,s in {"q": (512, 512), "k": (512, 512), "v": (512, 512), "o": (512, 512), "gate": (1376, 512), "up": (1376, 512), "down": (512, 1376), "norm1": (512,), "norm2": (512,)}.items()}
     return block | ({"embed.weight": (32000, 512), "norm.weight": (512,), "head.weight": (32000, 512)} if ends else {})
 
-def peer(params):
-    "torchao's 8-bit AdamW, where it is installed."
-    try: import torchao; from torchao.optim import AdamW8bit
-    except ImportError: return {}
-    o = AdamW8bit(params, lr=1e-4)
-    return {f"torchao {torchao.__version__} AdamW8bit": o}
+def peers(params):
+    "8-bit AdamW of torchao and of bitsandbytes, where they are installed."
+    found = {}
+    try: import torchao; from torchao.optim import AdamW8bit; found[f"torchao {torchao.__version__} AdamW8bit"] = AdamW8bit(params, lr=1e-4)
+    except ImportError: pass
+    try: import bitsandbytes; found[f"bitsandbytes {bitsandbytes.__version__} AdamW8bit"] = bitsandbytes.optim.AdamW8bit(params, lr=1e-4)
+    except ImportError: pass
+    return found
 
 def speed(shapes, rounds, others=True):
     "Median over rounds of CPU time, all contenders taken in turns on the same parameters."
     torch.manual_seed(0)
     P = {n: torch.nn.Parameter(torch.randn(s)*.02) for n,s in shapes.items()}
     for p in P.values(): p.grad = torch.randn_like(p)*1e-3
-    O = {"torch fused": torch.optim.AdamW(P.values(), lr=1e-4, fused=True)} | {k: member("optimizers", k)(P.items(), lr=1e-4) for k in KINDS} | (peer(P.values()) if others else {})
+    O = {"torch fused": torch.optim.AdamW(P.values(), lr=1e-4, fused=True)} | {k: member("optimizers", k)(P.items(), lr=1e-4) for k in KINDS} | (peers([*P.values()]) if others else {})
     T = {k: [] for k in O}
-    for o in O.values(): o.step()
-    for _ in range(rounds):
+    for o in O.values(): o.step(); o.step()
+    for r in range(rounds):
         for k,o in O.items():
+            if k.endswith("8bit") and r%5: continue                       # these take long
             start = time.thread_time(); o.step(); T[k].append(time.thread_time() - start)
     size, fused = sum(p.numel() for p in P.values()), T["torch fused"]
-    return {k: dict(ns_per_weight=statistics.median(t)/size*1e9, ratio=statistics.median(a/b for a,b in zip(t, fused)), spread=[sorted(a/b for a,b in zip(t, fused))[i] for i in (rounds//4, -1 - rounds//4)],
-        state_bytes_per_weight=sum(v.nbytes for s in O[k].state.values() for v in s.values() if torch.is_tensor(v) and type(v) is torch.Tensor)/size) for k,t in T.items()}
+    return {k: dict(ns_per_weight=statistics.median(t)/size*1e9, **ratios(t, fused[::5] if len(t) < rounds else fused),
+        state_bytes_per_weight=sum(x.nbytes for s in O[k].state.values() for v in s.values() if torch.is_tensor(v) for x in ([getattr(v, a) for a in v.tensor_attrs] if hasattr(v, "tensor_attrs") else [v]))/size) for k,t in T.items()}
+
+def ratios(t, fused): x = sorted(a/b for a,b in zip(t, fused)); return dict(ratio=statistics.median(x), spread=[x[len(x)//4], x[-1 - len(x)//4]])
 
 def paths():
     "AdamW on a matrix that stays in the cache, by instruction set."
     from paretolab.kernels import state_steps
     from paretolab.optimizers.state_codes import Expanded, Tree
-    n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, root=1., eps=1e-8), {}, (64, 512)
+    n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, eps=1e-8), {}, (256, 512)
     for form in (Tree(), Expanded()):
         w, g = torch.randn(shape), torch.randn(shape); m, v = form.encode(g, True), form.encode(g*g, False)
         for path in range(native.load("state_steps.cpp").best_path() + 1):
             t = []
-            for _ in range(60): start = time.thread_time(); [state_steps.adamw(form, w, g, m, v, path=path, **n) for _ in range(10)]; t.append((time.thread_time() - start)/10)
+            for _ in range(40): start = time.thread_time(); [state_steps.adamw(form, w, g, m, v, path=path, **n) for _ in range(3)]; t.append((time.thread_time() - start)/3)
             out[f"{type(form).__name__} {('portable', 'AVX2', 'AVX-512')[path]}"] = statistics.median(t)/w.numel()*1e9
         t = []
         for _ in range(8): start = time.thread_time(); state_steps._adamw(form, w, g, m, v, **n); t.append(time.thread_time() - start)
@@ -54,13 +59,16 @@ def paths():
 
 STEPS, RATES = 60, {"AdamW": (2e-3, 4e-3, 8e-3), "Lion": (2.5e-4, 5e-4, 1e-3)}
 TRAINED = {"AdamW": ("adamw.AdamW", "low_bit_states.AdamW8", "low_bit_states.AdamFP8"), "Lion": ("lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionFP8")}
-def trial(optimizer, lr, seed, text):
+def trial(optimizer, lr, seed, text, shake=0):
+    "Bits per byte and bytes of state after a short run; `shake` draws a change of the start by a millionth."
     from paretolab.engine.evaluate import bits_per_byte, macro
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import cosine
     from paretolab.frontier import job
     s = Settings(optimizer=optimizer, lr=lr, seed=seed, batch=4, length=64, windows=4)
     model, stream, o = job._make(s, text)
+    if shake:
+        with torch.no_grad(): [p.mul_(1 + 1e-6*torch.randn(p.shape, generator=g)) for g in [torch.Generator().manual_seed(shake)] for p in model.parameters()]
     with tempfile.TemporaryDirectory() as folder: fit(model, stream, o, cosine(STEPS, 10), steps=STEPS, run=Path(folder)/"run", every=STEPS)
     return macro(bits_per_byte(model, text.windows, text.nbytes)), sum(v.nbytes for x in o.state.values() for v in x.values())
 
@@ -75,7 +83,13 @@ def train():
                     if (k, lr, seed) in done: continue
                     loss, size = trial(k, lr, seed, text)
                     with JOURNAL.open("a") as f: f.write(json.dumps([k, lr, seed, loss, size]) + "\n")
-    return [json.loads(line) for line in JOURNAL.read_text().splitlines()]
+
+def shaken():
+    "AdamW in 32 bits from starts that differ by a millionth: by how much do its ends?"
+    from paretolab.frontier import job
+    with tempfile.TemporaryDirectory() as out:
+        text = job.prepare(Settings(batch=4, length=64, windows=4, out=out))
+        SHAKEN.write_text(json.dumps({str(seed): [round(trial("adamw.AdamW", 4e-3, seed, text, k)[0], 4) for k in (0, 2, 3, 4, 5)] for seed in (0, 1)}) + "\n")
 
 def main(what):
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
@@ -83,7 +97,8 @@ def main(what):
         lines = {l.split(":")[0].strip(): l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if ":" in l} if Path("/proc/cpuinfo").exists() else {}
         found["machine"] = f"{lines.get('model name', platform.machine())}, torch {torch.__version__}"
         found["layer"], found["60M"], found["cache"] = speed(llama60m(1, False), 41), speed(llama60m(8, True), 7, others=False), paths()
-    if what in ("train", "all"): found["train"] = train()
+    if what in ("train", "all"): train()
+    if what in ("shaken", "all"): shaken()
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 if __name__ == "__main__": main(sys.argv[1] if len(sys.argv) > 1 else "all")

@@ -1,5 +1,5 @@
 """Time to a target, in the spirit of AlgoPerf: four small workloads, six optimizers, one search space, five trials in each of three studies, targets from tuned AdamW and NAdamW.
-Every finished trial is a line of results/time_to_target.jsonl and is not made again."""
+Argument: how many of the studies (all three); the table is of these. Every finished trial is a line of results/time_to_target.jsonl and is not made again."""
 import json, math, statistics, sys, time
 from functools import cache
 from pathlib import Path
@@ -121,7 +121,7 @@ def measured(workload, label):
     with (live := _Live(*held)): step(1)
     return dict(weights=sum(t.nbytes for t in [*model.parameters(), *model.buffers()]), state=sum(v.nbytes for s in o.state.values() for v in s.values()), rest=live.peak, peak=sum(t.nbytes for t in held) + live.peak)
 
-def costs(workload, rounds=9, steps=12):
+def costs(workload, rounds=7, steps=8):
     "CPU seconds of a step of every contender, in turns."
     steppers, taken = {}, {label: [] for label in CONTENDERS}
     for label,(optimizer,rate) in CONTENDERS.items(): steppers[label] = prepare(config(workload, optimizer, rate, next(space(1, 0)), 0, 1, None))[2]
@@ -130,21 +130,21 @@ def costs(workload, rounds=9, steps=12):
             start = time.thread_time(); [step(r*steps + i) for i in range(steps)]; r and taken[label].append((time.thread_time() - start)/steps)
     return {label: dict(median=statistics.median(x), lowest=min(x), highest=max(x)) for label,x in taken.items()}
 
-def study():
+def study(studies):
     "Targets, then all trials; for each workload and contender, the best trial of every study."
     sys.stdout.reconfigure(line_buffering=True); targets, out = {}, {}
     for w in WORKLOADS: targets[w] = target(w); print(w, {k: v for k,v in targets[w].items() if k != "searched"})
-    asked = {(w, label, s, i): config(w, o, rate, p, 10*s, WORKLOADS[w][1], targets[w]["target"]) for s in range(STUDIES) for w in WORKLOADS for label,(o,rate) in CONTENDERS.items() for i,p in enumerate(space(POINTS, s))}
+    asked = {(w, label, s, i): config(w, o, rate, p, 10*s, WORKLOADS[w][1], targets[w]["target"]) for s in range(studies) for w in WORKLOADS for label,(o,rate) in CONTENDERS.items() for i,p in enumerate(space(POINTS, s))}
     found = dict(zip(asked, run(list(asked.values()))))
     for w in WORKLOADS:
         seconds = costs(w)
         for label in CONTENDERS:
-            studies = [[found[w, label, s, i] for i in range(POINTS)] for s in range(STUDIES)]
-            steps = [min((r["steps"] for r in rs if r["hit"]), default=None) for rs in studies]
-            out.setdefault(w, {})[label] = dict(steps=steps, hits=[sum(r["hit"] for r in rs) for rs in studies], best=[min((r["best"] for r in rs if r["best"] is not None), default=None) for rs in studies],
-                raw_cpu_s=[min((r["cpu_s"] for r in rs if r["hit"]), default=None) for rs in studies], step_s=seconds[label], memory=measured(w, label))
-    return dict(torch=torch.__version__, points=POINTS, studies=STUDIES, length=LENGTH, space={s: list(space(POINTS, s)) for s in range(STUDIES)}, references={k: dict(optimizer=o, lr=lr) for k,(o,lr) in CONTENDERS.items()},
+            of_study = [[found[w, label, s, i] for i in range(POINTS)] for s in range(studies)]
+            steps = [min((r["steps"] for r in rs if r["hit"]), default=None) for rs in of_study]
+            out.setdefault(w, {})[label] = dict(steps=steps, hits=[sum(r["hit"] for r in rs) for rs in of_study], best=[min((r["best"] for r in rs if r["best"] is not None), default=None) for rs in of_study],
+                raw_cpu_s=[min((r["cpu_s"] for r in rs if r["hit"]), default=None) for rs in of_study], step_s=seconds[label], memory=measured(w, label))
+    return dict(torch=torch.__version__, points=POINTS, studies=studies, planned=STUDIES, length=LENGTH, space={s: list(space(POINTS, s)) for s in range(studies)}, references={k: dict(optimizer=o, lr=lr) for k,(o,lr) in CONTENDERS.items()},
         workloads={w: dict(steps=n, every=e, **targets[w]) for w,(_,n,e) in WORKLOADS.items()}, results=out)
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE)); (HERE/"results"/"time_to_target.json").write_text(json.dumps(study(), indent=1) + "\n")
+    sys.path.insert(0, str(HERE)); (HERE/"results"/"time_to_target.json").write_text(json.dumps(study(int(sys.argv[1]) if len(sys.argv) > 1 else STUDIES), indent=1) + "\n")

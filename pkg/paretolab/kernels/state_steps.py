@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import native
 from ..optimizers import state_codes
 
-# %% ../../../nbs/kernels/state_steps.ipynb #276c5d7d
-def _adamw(form, w, g, m, v, *, beta1, fresh1, beta2, fresh2, keep, step, root, eps):
+# %% ../../../nbs/kernels/state_steps.ipynb #ac8c45cb
+def _adamw(form, w, g, m, v, *, beta1, fresh1, beta2, fresh2, keep, step, eps):
     "AdamW in torch: some sixty passes."
-    x, y = form.decode(*m, True), form.decode(*v, False)
-    x.mul_(beta1).add_(g*fresh1); y.mul_(beta2).add_(g*fresh2*g)
-    w.mul_(keep).sub_((x*step).div_(y.double().sqrt().float().mul_(root).add_(eps)))
+    x, y = form.decode(m[0], m[1]*beta1, *m[2:], True), form.decode(v[0], v[1]*beta2, *v[2:], False)
+    x.add_(g*fresh1); y.add_(g*fresh2*g)
+    w.mul_(keep).sub_((x*step).div_(y.double().sqrt().float().add_(eps)))
     for old,new in zip((*m, *v), (*form.encode(x, True), *form.encode(y, False))): old.copy_(new)
 
 def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
@@ -28,15 +28,26 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #d2ccb380
+# %% ../../../nbs/kernels/state_steps.ipynb #883aeded
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("expanded", _I)] + \
-        [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "root", "eps")] + [(n, _P) for n in ("lines", "curves", "powers")]
+        [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "eps")] + [(n, _P) for n in ("lines", "curves", "powers", "borders", "shifts")]
 
 _lines = torch.cat([x for s in (True, False) for x in (*(t.mT.flatten() for t in state_codes.Tree.lines[s]), state_codes.Tree.borders[s])])
-_curves = torch.tensor([*state_codes._INV, *state_codes._LOG, *state_codes._SERIES, *state_codes._EIGHTHS, state_codes._TOP, state_codes._RANGE])
+_curves = torch.tensor([*state_codes._INV, *state_codes._LOG, *state_codes._SERIES, state_codes._RANGE])
 _powers = torch.cat([state_codes.Expanded.E, state_codes.Expanded.M], 1)
+_shifts = state_codes.Expanded.shift.to(torch.uint8)
+
+def _stretches(places):
+    "Of each power and each 256 places: the code they begin with, and after which of them it falls by one, and by another; (129, 3, 256)."
+    k, stretch, low = torch.arange(len(places))[:,None].expand_as(places), places.long() >> 8, places & 255
+    out = torch.full((len(places), 3, 256), 255, dtype=torch.uint8)
+    out[:,0] = 126 - torch.searchsorted(places, (256*torch.arange(256, dtype=torch.int32)).expand(len(places), 256).contiguous())
+    second = torch.nn.functional.pad(stretch[:,1:] == stretch[:,:-1], (1, 0)) & (low < 255)
+    for which,it in ((1, ~second & (low < 255)), (2, second)): out[k[it], which, stretch[it]] = low[it].to(torch.uint8)
+    return out
+_borders = _stretches(state_codes.Expanded.places)
 
 def _rows(t): return t.view(len(t), math.prod(t.shape[1:]))
 def _flat(moment): return _rows(moment[0]), *moment[1:]
@@ -50,7 +61,7 @@ def _job(form, m, v=(), w=None, g=None, **numbers):
     for x in (m, v or m):
         if any(t is not None and t.shape != m[0].shape for t in (w, g, x[0])) or any(t.numel() != blocks for t in x[1:]): raise ValueError(f"weights, gradients and codes have one shape, with {blocks} scales for {tuple(m[0].shape)} (got {[tuple(t.shape) for t in (w, g, *x) if t is not None]})")
     m, v = (*m, *[None]*(3 - len(m))), (*v, *[None]*(3 - len(v)))
-    return _Job(_at(w), _at(g), *map(_at, m), *map(_at, v), math.prod(m[0].shape[1:]), v[0] is None, form.kind, **numbers, lines=_at(_lines), curves=_at(_curves), powers=_at(_powers))
+    return _Job(_at(w), _at(g), *map(_at, m), *map(_at, v), math.prod(m[0].shape[1:]), v[0] is None, form.kind, **numbers, lines=_at(_lines), curves=_at(_curves), powers=_at(_powers), borders=_at(_borders), shifts=_at(_shifts))
 
 def _step(lib, path, form, m, v, w, g, numbers):
     if isinstance(w, FakeTensor): return
@@ -61,7 +72,7 @@ def _recode(lib, path, form, parts, x, signed, back):
     job = _job(form, parts)
     lib.recode(ctypes.byref(job), _P(x.data_ptr()), ctypes.c_int64(len(x)), int(signed), int(back), lib.best_path() if path is None else path)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #c982861e
+# %% ../../../nbs/kernels/state_steps.ipynb #c2f262b2
 def adamw(
     form, # format of the moments: `Tree()` or `Expanded()` of `optimizers.state_codes`
     w:Tensor, # weights θ, (R, ...) float32; changed in place
@@ -69,7 +80,7 @@ def adamw(
     m:tuple, # first moment: codes (R, ...), and for each block its scale, and power; changed in place
     v:tuple, # second moment
     path:int|None=None, # 0: any processor, 1: AVX2, 2: AVX-512; None: the best here
-    **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η', root = ρ, eps
+    **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η', eps = ϵ'
 )->None:
     "One step of AdamW in one pass."
     if (lib := native.load("state_steps.cpp")) is None: return _adamw(form, _rows(w), _rows(g), _flat(m), _flat(v), **numbers)

@@ -16,7 +16,7 @@ from .galore import GaLore
 from .lion import Lion
 from .state_codes import Expanded, Tree
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #ec6637d6
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #b84f8c78
 class Small(Whole):
     "Moments in a format of 8 bits."
     def __init__(self,
@@ -49,7 +49,8 @@ class Small(Whole):
     def adamw(self, o, g, p):
         o.begin(p, exp_avg=p, exp_avg_sq=p)
         t, (β1, β2) = o.tick(p), g["betas"]
-        _move(self, o, g, p, state_steps.adamw, ("exp_avg", "exp_avg_sq"), step=g["lr"]/(1 - β1**t), root=(1 - β2**t)**-0.5, eps=g["eps"])
+        ρ = (1 - β2**t)**0.5
+        _move(self, o, g, p, state_steps.adamw, ("exp_avg", "exp_avg_sq"), step=g["lr"]*ρ/(1 - β1**t), eps=g["eps"]*ρ)
     def lion(self, o, g, p):
         o.begin(p, exp_avg=p); o.tick(p)
         _move(self, o, g, p, state_steps.lion, ("exp_avg",), step=g["lr"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #b88eeb50
+# %% ../../../nbs/optimizers/state_codes.ipynb #01c282cb
 def _lines(signed):
     "Of each decade, by its number mod 8: slope and start of the levels, (8, 2); slope, start and end of their places, (8, 3)."
     back, there, top = [], [], 128 if signed else 255
@@ -19,6 +19,7 @@ def _lines(signed):
         first = N - (not signed)                                            # place of the decade's first level
         back.append((.45*D/N, -.8*D) if signed else (.9*D/N, D*(.45/N - .8)))
         there.append((N/(.9*D), first - .5 - N/9, first + N - 1))
+    if not signed: there[0] = .9/.55e-6, .6, 2.                             # its two levels again, and place 1 for all that is smaller
     ends = 1/256 if signed else 1/255
     return [torch.tensor(x, dtype=torch.float64).float() for x in ([(ends, -ends), *back], [(top, 0., top), *there])]
 
@@ -41,14 +42,21 @@ def _largest(x):
     good = s.isfinite() & (s >= _TINY)
     return torch.where(good, s, torch.where(s.isfinite(), 0., torch.nan)), torch.where(good, 1/s, 0.)
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #55d711b1
+# %% ../../../nbs/optimizers/state_codes.ipynb #1633426c
+def _borders(q, signed):
+    "Where decades begin: (8,) float32."
+    i = (1 << torch.arange(8)) if signed else (2 << torch.arange(8)) - 1
+    b = (q[i] + q[i-1])/2*(torch.arange(8) > (-1 if signed else 0))          # without a sign, the first begins at 0
+    return (b.view(torch.int32) & ~15 | torch.arange(8, dtype=torch.int32)).view(torch.float32)
+
+# %% ../../../nbs/optimizers/state_codes.ipynb #cd6ad63c
 class Tree:
     "Blocks of 256, each number the nearest of 256 levels."
     block, kind = 256, 0
     parts = {"": torch.uint8, "_scale": torch.float32}                       # what is kept: codes, and for each block
     Q = {s: levels(s) for s in (True, False)}
     lines = {s: _lines(s) for s in (True, False)}
-    borders = {s: (lambda q, i: (q[i] + q[i-1])/2)(q, (1 << torch.arange(8)) if s else (2 << torch.arange(8)) - 1) for s,q in Q.items()} # of the decades
+    borders = {s: _borders(q, s) for s,q in Q.items()}                       # of the decades
     def encode(self,
         x:Tensor, # numbers, (R, C) float32
         signed:bool, # may they be below 0?
@@ -71,10 +79,11 @@ class Tree:
         v = self.Q[signed][c.minimum(256 - c) if signed else c]*scales[...,None]
         return _flat(torch.where(c > 128, -v, v) if signed else v, codes.shape[1])
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #be770ca5
+# %% ../../../nbs/optimizers/state_codes.ipynb #c7342ca6
 _MIDDLE = 1 + (torch.arange(8, dtype=torch.float64) + .5)/8
 _INV, _LOG = (1/_MIDDLE).float(), _MIDDLE.log2().float()
 _SERIES = 1.442705512046814, -0.7223266363143921, 0.47520652413368225
+_RANGE = 16.61471 # log₂ R
 
 def _log2(x):
     u = x.view(torch.int32)
@@ -82,18 +91,15 @@ def _log2(x):
     r = (u & 0x7fffff | 0x3f800000).view(torch.float32)*_INV[i] - 1
     return ((u >> 23) - 127).float() + _LOG[i] + r*(_SERIES[0] + r*(_SERIES[1] + r*_SERIES[2]))
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #0fa492c7
-_TOP, _RANGE = 72.80735492205761, 16.61471 # log₂ 448, and 64; log₂ R
-_EIGHTHS = 8.000020027160645, 5.544053077697754, 1.9314199686050415, 0.416299432516098, 0.10816482454538345
-
-def _fp8(z):
-    "Code of 2^(z - 64), to nearest."
-    z = z.clamp_min(0.)
-    e = z.int()
-    f = z - e.float()
-    h = _EIGHTHS[0] + f*(_EIGHTHS[1] + f*(_EIGHTHS[2] + f*(_EIGHTHS[3] + f*_EIGHTHS[4])))
-    low = h*(((e - 58).clamp_max(0) + 127) << 23).view(torch.float32)
-    return (low + (e - 58).clamp_min(0).float()*8).round().to(torch.uint8)
+# %% ../../../nbs/optimizers/state_codes.ipynb #f657d25e
+def _places():
+    "Of each power in sixteenths: the depths of its borders, rising, (129, 126); and how many bits are cut off, (129,)."
+    k, q = torch.arange(129, dtype=torch.float64)[:,None].clamp_min(2)/16, torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    octaves = (((q[1:] + q[:-1])/896).log2()/k).clamp_min(-126.)             # nothing above 2⁻¹²⁶ becomes 0
+    whole = octaves.floor()
+    depth = (1 - whole - torch.exp2(octaves - whole))*2**23 + 1
+    shift = (depth[:,:1]/65535).log2().ceil()
+    return ((depth/torch.exp2(shift)).round() - 1).int().flip(1).contiguous(), shift[:,0].int()
 
 # %% ../../../nbs/optimizers/state_codes.ipynb #827229b8
 def _tables():
@@ -102,12 +108,13 @@ def _tables():
     e, f = torch.arange(16).clamp_min(1), torch.arange(8)
     return 2**((e - 15)/k), torch.cat([(1 + f/8)/1.75, f/14], -1)**(1/k)
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #968e6070
+# %% ../../../nbs/optimizers/state_codes.ipynb #b129c9f7
 class Expanded:
     "Groups of 128, each number a power of itself in FP8."
     block, kind = 128, 1
     parts = {"": torch.uint8, "_scale": torch.float32, "_power": torch.uint8}
     E, M = (t.float() for t in _tables())
+    places, shift = _places()
     def encode(self,
         x:Tensor, # numbers, (R, C) float32
         signed:bool, # may they be below 0?
@@ -116,13 +123,14 @@ class Expanded:
         v = _blocks(x, self.block)
         a = v.abs()
         s, r = _largest(a)
-        good, kept = r > 0, a >= _TINY
-        least = torch.where(kept, a, torch.inf).amin(-1)
+        good = r > 0
+        least = torch.where(a >= _TINY, a, torch.inf).amin(-1)
         span = _log2(torch.where(good, s, 1.)) - _log2(torch.where(good, least, 1.))
         k = torch.where(good, (16*_RANGE/span.clamp_min(_TINY)).clamp(2, 128).to(torch.uint8), 16)
-        c = _fp8(k[...,None]*.0625*_log2((a*r[...,None]).nan_to_num(0.).clamp_min(_TINY)) + _TOP)
-        c = c | (v < 0).to(torch.uint8) << 7 if signed else c.clamp_min(1)
-        return _flat(torch.where(good[...,None] & kept, c, 0), x.shape[1]), s, k
+        depth = 0x3f800001 - (a*r[...,None]).nan_to_num(0.).view(torch.int32)
+        c = 126 - torch.searchsorted(self.places[k.long()], (depth >> self.shift[k.long()][...,None]).clamp_max(65535))
+        c = c | v.signbit().long() << 7 if signed else c
+        return _flat(torch.where(good[...,None], c, 0).to(torch.uint8), x.shape[1]), s, k
     def decode(self,
         codes:Tensor, # (R, C) uint8
         scales:Tensor, # (R, ⌈C/128⌉)

@@ -15,10 +15,12 @@ struct Moment { uint8_t* codes; float* scales; uint8_t* powers; };
 struct Job {
     float* w; const float* g; Moment m, v;
     int64_t columns; int32_t lion, expanded;
-    float beta1, fresh1, beta2, fresh2, keep, step, root, eps;
+    float beta1, fresh1, beta2, fresh2, keep, step, eps;
     const float* lines;        // of the tree, signed and then unsigned: slope and start of levels, slope, start and end of places, by eight decades; eight borders
-    const float* curves;       // of the expansion: 1/c and log₂c of eighths, three coefficients of the logarithm, five of the power, log₂ of the largest code and of the range
+    const float* curves;       // of the expansion: 1/c and log₂c of eighths, three coefficients of the logarithm, log₂ of the range
     const float* powers;       // its values: for each power, sixteen of the exponent and sixteen of the fraction
+    const uint8_t* borders;    // its codes: for each power and each of 256 stretches, the first code, and after which places it falls by one and by another one
+    const uint8_t* shifts;     // bits of a depth that are not looked at, for each power
 };
 
 #define INLINE __attribute__((always_inline))
@@ -37,7 +39,7 @@ struct Job {
 #undef SET
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")
 #define WIDTH 16
 #define SET avx512
 #include "state_steps.cpp"
@@ -48,7 +50,7 @@ struct Job {
 
 extern "C" int best_path() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) return 2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi")) return 2;
     return __builtin_cpu_supports("avx2") ? 1 : 0;
 #else
     return 0;
@@ -85,16 +87,26 @@ extern "C" void recode(const Job* j, float* x, int64_t rows, int is_signed, int 
 namespace SET {
 typedef float F __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t I __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));
 typedef uint8_t B __attribute__((vector_size(WIDTH)));
 static inline F fl(I x) { return (F)x; }
 static inline I bits(F x) { return (I)x; }
 static inline F cvt(I x) { return __builtin_convertvector(x, F); }
-static inline I cut(F x) { return __builtin_convertvector(x, I); }
 static inline F all(float x) { return x - (F){}; }
 static inline I every(int32_t x) { return x - (I){}; }
 
 static inline I larger(I a, I b) { return a > b ? a : b; }
-static inline I smaller(I a, I b) { return a < b ? a : b; }
+static inline U smaller(U a, U b) { return a < b ? a : b; }
+static inline F smaller(F a, F b) { return a < b ? a : b; }
+static inline F size(F x) { return fl(bits(x) & INT32_MAX); }
+static inline F size_above(F x, float least) {                             // |x|, but no less
+#if WIDTH == 16
+    return (F)_mm512_range_ps((__m512)x, (__m512)all(least), 11);
+#else
+    return all(least) < size(x) ? size(x) : all(least);
+#endif
+}
+static inline F with_sign(F x, I of) { return fl(bits(x) ^ (of & INT32_MIN)); }
 
 static inline F root(F x) {
 #if WIDTH == 16
@@ -107,7 +119,7 @@ static inline F root(F x) {
 #endif
 }
 
-static inline F look(const F* t, I i) {                                    // in a table of eight, modulo 8
+static inline F look(const F* t, I i) {                                    // in a table of sixteen, modulo 16, or of eight, modulo 8
 #if WIDTH == 4
     return __builtin_shuffle(t[0], t[1], i);
 #else
@@ -115,7 +127,7 @@ static inline F look(const F* t, I i) {                                    // in
 #endif
 }
 static const int eight = WIDTH == 4 ? 2 : 1;
-static inline void fill(F* t, const float* x) { for (int i = 0; i < (WIDTH == 4 ? 8 : WIDTH); i += 8) memcpy((float*)t + i, x, 32); }
+static inline void fill(F* t, const float* x, int from = 0) { for (int i = 0; i < eight * WIDTH; i++) ((float*)t)[(from + i) % (eight * WIDTH)] = x[i % 8]; }
 static inline F look16(const F* t, const float* x, I i) {                  // in a table of sixteen, modulo 16
 #if WIDTH == 16
     return __builtin_shuffle(t[0], i);
@@ -129,195 +141,274 @@ static inline F look16(const F* t, const float* x, I i) {                  // in
 
 static inline F take(const float* x, int n) { F v = {}; if (n >= WIDTH) memcpy(&v, x, sizeof v); else memcpy(&v, x, 4 * n); return v; }
 static inline void give(float* x, F v, int n) { if (n >= WIDTH) memcpy(x, &v, sizeof v); else memcpy(x, &v, 4 * n); }
-static inline I take(const uint8_t* x, int n) {
+template <bool S> static inline I take(const uint8_t* x, int n) {          // bytes, with or without a sign
     B v = {};
     if (n >= WIDTH) memcpy(&v, x, WIDTH); else memcpy(&v, x, n);
 #if WIDTH == 16
-    return (I)_mm512_cvtepu8_epi32((__m128i)v);
+    return (I)(S ? _mm512_cvtepi8_epi32((__m128i)v) : _mm512_cvtepu8_epi32((__m128i)v));
 #elif WIDTH == 8
-    return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v));
+    const __m128i x8 = _mm_cvtsi64_si128((int64_t)v);
+    return (I)(S ? _mm256_cvtepi8_epi32(x8) : _mm256_cvtepu8_epi32(x8));
 #else
-    return __builtin_convertvector(v, I);
+    I c = __builtin_convertvector(v, I);
+    return S ? c << 24 >> 24 : c;
 #endif
 }
 static inline void give(uint8_t* x, I c, int n) { B v = __builtin_convertvector(c, B); if (n >= WIDTH) memcpy(x, &v, WIDTH); else memcpy(x, &v, n); }
 
-static inline F only(F x, int n) { for (int i = n; i < WIDTH; i++) x[i] = 0; return x; }       // the first n
+#if WIDTH == 16
+static inline __m512i both(__m512i a, __m512i b) { return _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1); }
+static inline __m512i byte(int which, const I* x) {                         // one of the four bytes of 64 numbers
+    alignas(64) uint8_t i[64] = {};
+    for (int k = 0; k < 32; k++) i[k] = uint8_t(4 * k + which);
+    const __m512i *v = (const __m512i*)x, at = _mm512_load_si512(i);
+    return both(_mm512_permutex2var_epi8(v[0], at, v[1]), _mm512_permutex2var_epi8(v[2], at, v[3]));
+}
+static inline __m512i look256(const __m512i* t, __m512i i) {               // in a table of 256 bytes
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(i), _mm512_permutex2var_epi8(t[0], i, t[1]), _mm512_permutex2var_epi8(t[2], i, t[3]));
+}
+#endif
 
 template <bool S> struct Tree {
     static const int block = 256;
     F slope[eight], start[eight], slope_back[eight], start_back[eight], last[eight];
     float border[8];
 #if WIDTH == 16
-    F edge[2]; I base[2];                                                  // of the binades 2⁻³¹ … 2⁰: the border in it, and how many are below
+    F edge[2];                                                             // of the binades 2⁻³¹ … 2⁰: the border in it, or one that nothing reaches; how many are below, in the last bits
 #endif
     Tree(const Job& j) {
         const float* t = j.lines + 48 * !S;
-        fill(slope, t); fill(start, t + 8); fill(slope_back, t + 16); fill(start_back, t + 24); fill(last, t + 32);
+        float a[8], b[8];
+        for (int i = 0; i < 8; i++) { a[i] = (S ? i ? 2 : -2 : 1) * t[i]; b[i] = (S && !i ? -1 : 1) * t[8 + i]; }
+        fill(slope, a, 127 - S); fill(start, b, 127 - S); fill(slope_back, t + 16); fill(start_back, t + 24); fill(last, t + 32);
         memcpy(border, t + 40, 32);
 #if WIDTH == 16
         for (int i = 0; i < 32; i++) {
             const float from = std::ldexp(1.f, i - 31);
-            ((float*)edge)[i] = INFINITY; ((int32_t*)base)[i] = 0;
-            for (float b : border) if (b < from) ((int32_t*)base)[i]++; else if (b < 2 * from) ((float*)edge)[i] = b;
+            int32_t below = 0;
+            float in = 0;
+            for (float b : border) if (b < from) below++; else if (b < 2 * from) in = b;
+            if (in) ((float*)edge)[i] = in; else ((int32_t*)edge)[i] = 0x7f000000 | below;
         }
 #endif
     }
     I decade(F y) const {                                                  // borders below y
 #if WIDTH == 16
-        I i = bits(y > 0x1p-31f ? y : all(0x1p-31f)) >> 23;                // binade 2⁰ is 127, which is 31 modulo 32
-        I n = __builtin_shuffle(base[0], base[1], i);
-        return y > __builtin_shuffle(edge[0], edge[1], i) ? n + 1 : n;
+        F e = __builtin_shuffle(edge[0], edge[1], bits(y) >> 23);          // binade 2⁰ is 127, which is 31 modulo 32
+        return y > e ? bits(e) + 1 : bits(e);
 #else
-        I n = {};
-        for (int i = 0; i < 8; i++) n -= y > border[i];
+        I n = S ? -(I)(y > border[0]) : every(1);
+        for (int i = 1; i < 8; i++) n -= y > border[i];
         return n;
 #endif
     }
     struct Decoder {
         const Tree& t; F s;
-        Decoder(const Tree& t, const Moment& m, int64_t i) : t(t), s(all(m.scales[i])) {}
+        Decoder(const Tree& t, const Moment& m, int64_t i, float times) : t(t), s(all(m.scales[i] * times)) {}
         F operator()(I c) const {
-            I q = S ? 2 * smaller(c, 256 - c) + 1 : c + 1;
-            F f = cvt(q);
-            I n = (bits(f) >> 23) - 127;
+            F f = cvt(S ? (c < 0 ? -c : c) : c) + (S ? .5f : 1.f);
+            I n = bits(f) >> 23;
             F v = (look(t.slope, n) * f + look(t.start, n)) * s;
-            return S ? fl(bits(v) ^ ((c > 128) & INT32_MIN)) : v;
+            return S ? with_sign(v, c) : v;
         }
     };
     struct Encoder {
         const Tree& t; float r;
-        Encoder(const Tree& t, Moment& m, int64_t i, int32_t top, int32_t) : t(t), r(0) {
-            float s; memcpy(&s, &top, 4);
-            if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
-            m.scales[i] = s;
-        }
-        bool empty() const { return r == 0; }
-        I nothing() const { return I{}; }
+        Encoder(const Tree& t, Moment& m, int64_t i, float s, float r, uint8_t) : t(t), r(r) { m.scales[i] = s; }
         I operator()(F x) const {
-            F y = (S ? fl(bits(x) & INT32_MAX) : x) * r;
+            F y = size_above(x * r, 0x1p-31f);
             I n = t.decade(y);
-            F p = y * look(t.slope_back, n) + look(t.start_back, n), l = look(t.last, n);
-            p = p < l ? p : l;
-            if (!S) return larger(bits(p + 0x1.8p23f), 0x4b400000 + smaller(bits(x), every(1)));       // nothing above 0 becomes 0
-            p = fl(bits(p) | (bits(x) & INT32_MIN)) + 0x1.8p23f;           // rounded to nearest: the code is the last byte
+            F p = smaller(y * look(t.slope_back, n) + look(t.start_back, n), look(t.last, n));
+            if (!S) return x > 0 ? bits(p + 0x1.8p23f) : I{};              // nothing above 0 becomes 0
+            p = with_sign(p, bits(x)) + 0x1.8p23f;                         // rounded to nearest: the code is the last byte
             return larger(bits(p), every(0x4b400000 - 127));
         }
+        void rest(uint8_t* codes, const float* x, int n) const { for (int k = 0; k < n; k += WIDTH) give(codes + k, (*this)(take(x + k, WIDTH)), n - k); }
+#if WIDTH == 16
+        __m512i operator()(const F* x) const {
+            const I c[] = {(*this)(x[0]), (*this)(x[1]), (*this)(x[2]), (*this)(x[3])};
+            return byte(0, c);
+        }
+#endif
     };
+    void powers(const int32_t*, const uint32_t*, uint8_t*, int) const {}
 };
 
 template <bool S> struct Expanded {
     static const int block = 128;
     F inv[eight], log[eight];
-    float a[3], h[5], top, range;
-    const float* powers;
-    Expanded(const Job& j) : top(j.curves[24]), range(j.curves[25]), powers(j.powers) { fill(inv, j.curves); fill(log, j.curves + 8); memcpy(a, j.curves + 16, 12); memcpy(h, j.curves + 19, 20); }
+    float a[3], range;
+    const float* values; const uint8_t *borders, *shifts;
+    Expanded(const Job& j) : range(j.curves[19]), values(j.powers), borders(j.borders), shifts(j.shifts) { fill(inv, j.curves); fill(log, j.curves + 8); memcpy(a, j.curves + 16, 12); }
     F log2(F x) const {
         I u = bits(x), i = u >> 20;
         F r = fl((u & 0x7fffff) | 0x3f800000) * look(inv, i) - 1;
         return cvt((u >> 23) - 127) + look(log, i) + r * (a[0] + r * (a[1] + r * a[2]));
     }
+    void powers(const int32_t* top, const uint32_t* least, uint8_t* power, int n) const {      // of n blocks
+        for (int i = 0; i < n; i += WIDTH) {
+            I a, b; memcpy(&a, top + i, sizeof a); memcpy(&b, least + i, sizeof b);
+            const I good = (a >= 0x800000) & (a < 0x7f800000);
+            const F span = log2(fl(good ? a : every(0x3f800000))) - log2(fl(good ? b + 0x800000 : every(0x3f800000)));
+            const F k = smaller(size_above(16 * range / size_above(span, 0x1p-126f), 2), all(128));
+            for (int l = 0; l < WIDTH; l++) power[i + l] = good[l] ? uint8_t(k[l]) : 16;
+        }
+    }
     struct Decoder {
         F e[16 / WIDTH], m[16 / WIDTH];
-        Decoder(const Expanded& t, const Moment& v, int64_t i) {
-            const float* p = t.powers + 32 * std::min<int>(v.powers[i], 128);
+        Decoder(const Expanded& t, const Moment& v, int64_t i, float times) {
+            const float* p = t.values + 32 * std::min<int>(v.powers[i], 128);
             memcpy(e, p, 64); memcpy(m, p + 16, 64);
-            for (F& x : e) x *= v.scales[i];
+            for (F& x : e) x *= v.scales[i] * times;
         }
         F operator()(I c) const {
-            I x = S ? c >> 3 & 15 : c >> 3, f = (c & 7) | ((x == 0) & 8);
+            I x = c >> 3, f = (c & 7) | (((c & 120) == 0) & 8);
             F v = look16(e, (const float*)e, x) * look16(m, (const float*)m, f);
-            return S ? fl(bits(v) | (c >> 7 << 31)) : v;
+            return S ? with_sign(v, c) : v;
         }
     };
     struct Encoder {
-        const Expanded& t; float r, k;
-        Encoder(const Expanded& t, Moment& m, int64_t i, int32_t top, int32_t least) : t(t), r(0) {
-            float s, l; memcpy(&s, &top, 4); memcpy(&l, &least, 4);
-            uint8_t power = 16;
-            if (top >= 0x7f800000) s = NAN;
-            else if (top < 0x800000) s = 0;
-            else {
-                r = 1 / s;
-                float span = t.log2(all(s))[0] - t.log2(all(l))[0], sixteenths = 16 * t.range / std::max(span, 0x1p-126f);
-                power = uint8_t(std::min(std::max(sixteenths, 2.f), 128.f));
+        const uint8_t* t; float r; int shift;
+        Encoder(const Expanded& x, Moment& m, int64_t i, float s, float r, uint8_t power) : t(x.borders + 768 * power), r(r), shift(x.shifts[power]) { m.scales[i] = s; m.powers[i] = power; }
+        void rest(uint8_t* codes, const float* x, int n) const {
+            alignas(64) int32_t place[block];
+            for (int k = 0; k < n; k += WIDTH) {
+                const F v = take(x + k, WIDTH);
+                const I u = (0x3f800001 - bits(size(v) * r)) >> shift, p = (u < 65535 ? u : every(65535)) | (S ? bits(v) & INT32_MIN : I{});
+                memcpy(place + k, &p, sizeof p);
             }
-            m.scales[i] = s; m.powers[i] = power; k = power * .0625f;
+            for (int k = 0; k < n; k++) {
+                const int p = place[k], h = p >> 8 & 255, low = p & 255;
+                codes[k] = uint8_t((t[h] - (low > t[256 + h]) - (low > t[512 + h])) | (p >> 24 & 128));
+            }
         }
-        bool empty() const { return r == 0; }
-        I nothing() const { return I{}; }
-        I operator()(F x) const {
-            I a = S ? bits(x) & INT32_MAX : bits(x);
-            F y = fl(a) * r;
-            F z = k * t.log2(y > 0x1p-126f ? y : all(0x1p-126f)) + t.top;
-            I e = cut(z > 0 ? z : F{});
-            F E = cvt(e), f = (z > 0 ? z : F{}) - E, w = t.h[0] + f * (t.h[1] + f * (t.h[2] + f * (t.h[3] + f * t.h[4])));
-            E = E - 58;
-            w = w * fl((smaller(e, every(58)) + 69) << 23) + (E > 0 ? E : F{}) * 8;
-            I c = bits(w + 0x1.8p23f);
-            if (S) c |= bits(x) >> 24 & 128; else c = larger(c, every(0x4b400001));
-            return a >= 0x800000 ? c : I{};
+#if WIDTH == 16
+        __m512i operator()(const F* x) const {
+            const __m512i* T = (const __m512i*)t;
+            I u[4];
+            for (int i = 0; i < 4; i++) u[i] = (0x3f800001 - bits((S ? size(x[i]) : x[i]) * r)) >> shift;
+            const __m512i a = _mm512_packus_epi32((__m512i)u[0], (__m512i)u[1]), b = _mm512_packus_epi32((__m512i)u[2], (__m512i)u[3]);
+            const __m512i low = _mm512_permutex2var_epi8(a, even(), b), h = _mm512_permutex2var_epi8(a, _mm512_or_si512(even(), _mm512_set1_epi8(1)), b);
+            __m512i c = look256(T, h);
+            c = _mm512_mask_sub_epi8(c, _mm512_cmpgt_epu8_mask(low, look256(T + 4, h)), c, _mm512_set1_epi8(1));
+            c = _mm512_mask_sub_epi8(c, _mm512_cmpgt_epu8_mask(low, look256(T + 8, h)), c, _mm512_set1_epi8(1));
+            return S ? _mm512_ternarylogic_epi32(c, byte(3, (const I*)x), _mm512_set1_epi8(-128), 0xf8) : c;
         }
+        static __m512i even() {                                            // where packing put the low bytes of 64 numbers
+            alignas(64) uint8_t i[64];
+            for (int k = 0; k < 64; k++) i[k] = uint8_t(64 * (k / 32) + 16 * (k % 16 / 4) + 8 * (k / 16 % 2) + 2 * (k % 4));
+            return _mm512_load_si512(i);
+        }
+#endif
     };
 };
 
-template <class O> static inline int32_t across(I a, O f) {
+template <class V, class O> static inline auto across(V a, O f) {
     I lane; for (int i = 0; i < WIDTH; i++) lane[i] = i;
     for (int s = WIDTH / 2; s; s /= 2) a = f(a, __builtin_shuffle(a, lane ^ s));
     return a[0];
 }
 
 template <class G> static inline __attribute__((always_inline)) void each(int n, const G& f) {     // vector by vector; only the last may be cut
-    int k = 0;
+    int64_t k = 0;
     for (; k + WIDTH <= n; k += WIDTH) f(k, WIDTH);
-    if (k < n) f(k, n - k);
+    if (k < n) f(k, int(n - k));
 }
 
-template <class E> static void store(uint8_t* codes, const E e, const F* x, int n) {
-    if (e.empty()) return each(n, [=](int k, int l) INLINE { give(codes + k, e.nothing(), l); });
-    each(n, [=](int k, int l) INLINE { give(codes + k, e(x[k / WIDTH]), l); });
+template <class E> static void store(uint8_t* codes, const E e, const float* x, int n) {
+    int64_t k = 0;
+#if WIDTH == 16
+    for (; k + 64 <= n; k += 64) _mm512_storeu_si512(codes + k, e((const F*)(x + k)));
+#endif
+    e.rest(codes + k, x + k, int(n - k));
 }
 
-struct Extremes {                                                          // of magnitudes, as integers, which are ordered alike; NaN is above all
-    I top = {}, least = every(0x7f800000);
-    void see(F x) { I a = bits(x) & INT32_MAX; top = larger(top, a); least = smaller(least, a >= 0x800000 ? a : every(0x7f800000)); }
+template <bool S, bool both> struct Extremes {                             // of magnitudes, as integers, which are ordered alike; NaN is above all
+    U top = {}, least = (U)every(-1);                                      // less 2²³, so that what is too small comes last
+    void see(F x) {
+        const U a = (U)(S ? size(x) : x);
+        top = a > top ? a : top;
+        if (both) least = smaller(least, a - 0x800000);
+    }
 };
 
-template <template <bool> class Format, bool lion> static void block(const Job& j, const Format<true>& one, const Format<false>& two, int64_t at, int64_t i, int n) {
-    const int most = Format<true>::block / WIDTH;
-    F M[most], V[most];
-    Extremes em, ev;
-    Moment m = j.m, v = j.v;
-    typename Format<true>::Decoder dm(one, m, i);
-    typename Format<false>::Decoder dv(two, lion ? m : v, i);
+static inline void scale(int32_t top, float& s, float& r) {                // of a block, and its inverse
+    memcpy(&s, &top, 4); r = 0;
+    if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
+}
+
+template <template <bool> class Format> struct Unit {                      // some blocks of new moments, not yet encoded
+    static const int block = Format<true>::block, most = 1024 / block;
+    alignas(64) float M[1024], V[1024];
+    int64_t at[most], first;
+    int n[most], count;
+    alignas(64) int32_t top[2][most] = {}; alignas(64) uint32_t least[2][most] = {}; uint8_t power[2][most];
+    Unit(const Job& j, int64_t blocks, int64_t first, int64_t last) : first(first), count(int(std::min<int64_t>(most, last - first))) {
+        for (int k = 0; k < count; k++) {
+            const int64_t row = (first + k) / blocks, c = (first + k) % blocks * block;
+            at[k] = row * j.columns + c; n[k] = int(std::min<int64_t>(block, j.columns - c));
+        }
+    }
+    template <class E> void see(int z, int k, const E& e) {
+        top[z][k] = across(e.top, [](U a, U b) { return a > b ? a : b; }) & INT32_MAX;
+        least[z][k] = across(e.least, [](U a, U b) { return smaller(a, b); });
+    }
+    template <bool S> void encode(Moment m, const Format<S>& f, const float* x, int z) const {
+        for (int k = 0; k < count; k++) {
+            float s, r; scale(top[z][k], s, r);
+            const typename Format<S>::Encoder e(f, m, first + k, s, r, power[z][k]);
+            if (r == 0) memset(m.codes + at[k], 0, n[k]); else store(m.codes + at[k], e, x + k * block, n[k]);
+        }
+    }
+};
+
+template <template <bool> class Format, bool lion> static void update(const Job& j, const Format<true>& one, const Format<false>& two, Unit<Format>& u, int b) {
+    Extremes<true, Format<true>::block == 128> em; Extremes<false, Format<true>::block == 128> ev;
+    const Moment m = j.m, v = j.v;
+    const typename Format<true>::Decoder dm(one, m, u.first + b, lion ? 1 : j.beta1);
+    const typename Format<false>::Decoder dv(two, lion ? m : v, u.first + b, j.beta2);
+    const int64_t at = u.at[b];
     float *const w = j.w + at; const float* const g = j.g + at;
-    const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step, eps = j.eps, unbias = j.root;
-    each(n, [&](int k, int l) INLINE {
-        F d = take(g + k, l), θ = take(w + k, l), x = dm(take(m.codes + at + k, l));
+    float *const M = u.M + b * u.block, *const V = u.V + b * u.block;
+    const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step, eps = j.eps;
+    each(u.n[b], [&](int64_t k, int l) INLINE {
+        F d = take(g + k, l), θ = take(w + k, l), x = dm(take<true>(m.codes + at + k, l));
         if (lion) {
             F c = beta1 * x + fresh1 * d;
             θ = θ * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : F{});
             x = beta2 * x + fresh2 * d;
         } else {
-            F y = dv(take(v.codes + at + k, l));
-            x = beta1 * x + fresh1 * d;
-            y = beta2 * y + fresh2 * d * d;
-            θ = θ * keep - x * step / (root(y) * unbias + eps);
-            V[k / WIDTH] = y = only(y, l);
-            ev.see(y);
+            F y = dv(take<false>(v.codes + at + k, l));
+            x += fresh1 * d;
+            y += fresh2 * d * d;
+            θ = θ * keep - x * step / (root(y) + eps);
+            give(V + k, y, WIDTH); ev.see(y);
         }
         give(w + k, θ, l);
-        M[k / WIDTH] = x = only(x, l);
-        em.see(x);
+        give(M + k, x, WIDTH); em.see(x);
     });
-    store(m.codes + at, typename Format<true>::Encoder(one, m, i, across(em.top, larger), across(em.least, smaller)), M, n);
-    if (!lion) store(v.codes + at, typename Format<false>::Encoder(two, v, i, across(ev.top, larger), across(ev.least, smaller)), V, n);
+    u.see(0, b, em);
+    if (!lion) u.see(1, b, ev);
+}
+
+static inline void fetch(const Job& j, int64_t at, bool lion) {            // 128 weights and what belongs to them
+    for (int k = 0; k < 128; k += 16) { __builtin_prefetch(j.w + at + k); __builtin_prefetch(j.g + at + k); }
+    for (int k = 0; k < 128; k += 64) { __builtin_prefetch(j.m.codes + at + k); if (!lion) __builtin_prefetch(j.v.codes + at + k); }
 }
 
 template <template <bool> class Format, bool lion> static void some(const Job& j, int64_t first, int64_t last) {
     const Format<true> one(j); const Format<false> two(j);
-    const int64_t b = Format<true>::block, blocks = (j.columns + b - 1) / b;
-    for (int64_t r = first; r < last; r++) for (int64_t i = 0; i < blocks; i++) block<Format, lion>(j, one, two, r * j.columns + i * b, r * blocks + i, int(std::min(b, j.columns - i * b)));
+    const int64_t blocks = (j.columns + one.block - 1) / one.block;
+    for (int64_t i = first * blocks; i < last * blocks; i += Unit<Format>::most) {
+        Unit<Format> u(j, blocks, i, last * blocks);
+        for (int b = 0; b < u.count; b++) {
+            if (one.block == 128) fetch(j, u.at[b] + 1024, lion);          // the tree's longer walks do without
+            update<Format, lion>(j, one, two, u, b);
+        }
+        one.powers(u.top[0], u.least[0], u.power[0], 2 * u.most);
+        u.encode(j.m, one, u.M, 0);
+        if (!lion) u.encode(j.v, two, u.V, 1);
+    }
 }
 
 static void rows(const Job& j, int64_t first, int64_t last) {
@@ -325,26 +416,28 @@ static void rows(const Job& j, int64_t first, int64_t last) {
     else j.lion ? some<Tree, true>(j, first, last) : some<Tree, false>(j, first, last);
 }
 
-template <class T> static void one_way(const Job& j, float* x, int64_t rows, bool decode) {
-    const T t(j);
-    const int64_t b = T::block, blocks = (j.columns + b - 1) / b;
-    Moment m = j.m;
-    for (int64_t r = 0; r < rows; r++) for (int64_t i = 0; i < blocks; i++) {
-        const int64_t at = r * j.columns + i * b; const int n = int(std::min(b, j.columns - i * b));
+template <template <bool> class Format, bool S> static void one_way(const Job& j, float* x, int64_t rows, bool decode) {
+    const Format<S> t(j);
+    const int64_t b = Format<S>::block, blocks = (j.columns + b - 1) / b;
+    for (int64_t i = 0; i < rows * blocks; i++) {
+        const int64_t at = i / blocks * j.columns + i % blocks * b;
+        const int n = int(std::min(b, j.columns - i % blocks * b));
         if (decode) {
-            typename T::Decoder d(t, m, r * blocks + i);
-            each(n, [&](int k, int l) INLINE { give(x + at + k, d(take(m.codes + at + k, l)), l); });
-        } else {
-            F X[T::block / WIDTH]; Extremes e;
-            each(n, [&](int k, int l) INLINE { e.see(X[k / WIDTH] = take(x + at + k, l)); });
-            store(m.codes + at, typename T::Encoder(t, m, r * blocks + i, across(e.top, larger), across(e.least, smaller)), X, n);
+            const typename Format<S>::Decoder d(t, j.m, i, 1);
+            each(n, [&](int64_t k, int l) INLINE { give(x + at + k, d(take<S>(j.m.codes + at + k, l)), l); });
+            continue;
         }
+        Unit<Format> u(j, blocks, i, i + 1); Extremes<true, true> e;
+        each(n, [&](int64_t k, int l) INLINE { F y = take(x + at + k, l); give(u.M + k, y, WIDTH); e.see(y); });
+        u.see(0, 0, e);
+        t.powers(u.top[0], u.least[0], u.power[0], u.most);
+        u.encode(j.m, t, u.M, 0);
     }
 }
 
 static void recode(const Job& j, float* x, int64_t rows, bool is_signed, bool decode) {
-    if (j.expanded) is_signed ? one_way<Expanded<true>>(j, x, rows, decode) : one_way<Expanded<false>>(j, x, rows, decode);
-    else is_signed ? one_way<Tree<true>>(j, x, rows, decode) : one_way<Tree<false>>(j, x, rows, decode);
+    if (j.expanded) is_signed ? one_way<Expanded, true>(j, x, rows, decode) : one_way<Expanded, false>(j, x, rows, decode);
+    else is_signed ? one_way<Tree, true>(j, x, rows, decode) : one_way<Tree, false>(j, x, rows, decode);
 }
 }
 #endif
