@@ -48,7 +48,7 @@ def both(pipes, told):
     return time.perf_counter() - start, statistics.fmean(cpu)
 
 def measured(pipes, batch, length, vocab):
-    steps = max(2, 1024//(batch*length)); both(pipes, (batch, length, vocab, steps))
+    steps = max(2, 512//(batch*length)); both(pipes, (batch, length, vocab, steps))
     m, streams = made(2*MODELS, batch, length, vocab); wide = ways(m, streams, steps)["stack"]
     def threads(): start = time.perf_counter(); wide(); return time.perf_counter() - start
     rounds = []

@@ -36,12 +36,12 @@ def normalised(
     B = A - A.min()
     return B/B.sum() if B.sum() > 0 else B
 
-# %% ../../../nbs/mixers/aioli.ipynb #0c3c789d
+# %% ../../../nbs/mixers/aioli.ipynb #8b56f53a
 @dataclass(frozen=True)
 class Aioli:
     "Mixes by a law that is measured with probes inside the run."
     eta:float=.2 # step size η
-    every:int=400 # steps from one round to the next
+    every:int=500 # steps from one round to the next
     steps:int=4 # steps of a probe
     passes:int=1 # passes over the probes in a round
     one_hot:float=.75 # share of the probed domain o
