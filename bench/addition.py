@@ -9,7 +9,7 @@ from paretolab.engine.schedules import wsd
 from paretolab.models.mobilellm import MobileLLM, Shape
 from paretolab.optimizers.muon import Muon
 
-VOCAB, DIGITS, STEPS, BATCH, EVERY, MOST, LR = "0123456789+=", 3, 2000, 64, 50, 75., 4e-3
+VOCAB, DIGITS, STEPS, BATCH, EVERY, MOST, LR = "0123456789+=", 3, 600, 256, 50, 75., 1e-2                                  # chosen on seed 100, which is not among those reported
 FILE, ASKED = Path(__file__).parent/"results"/"addition.json", 2*DIGITS + 2
 torch.set_num_threads(1)
 def encode(lines): return torch.tensor([[VOCAB.index(c) for c in line] for line in lines])
@@ -28,7 +28,7 @@ def right(model, test):
     return (y == test).all(1).double().mean().item()
 
 def run(reverse, seed):
-    torch.manual_seed(seed); model = MobileLLM(Shape(vocab=12, dim=64, ff=192, layers=4, heads=4, kv_heads=2, context=16))
+    torch.manual_seed(seed); model = MobileLLM(Shape(vocab=12, dim=96, ff=224, layers=2, heads=4, kv_heads=2, context=16))
     test, train = sums(reverse, seed); o = Muon(model.named_parameters(), lr=LR); η = wsd(STEPS, 50, .3); spent, curve = 0., []
     for t in range(STEPS):
         start = time.thread_time(); x = train[torch.arange(t*BATCH, (t + 1)*BATCH) % len(train)]
@@ -40,8 +40,8 @@ def run(reverse, seed):
     return dict(reverse=reverse, seed=seed, parameters=model.shape.parameters, curve=curve)
 
 rows = json.loads(FILE.read_text())["runs"] if FILE.exists() else []
-for seed in range(3):
-    for reverse in (True, False):
+for reverse in (True, False):
+    for seed in range(3):
         if any((r["reverse"], r["seed"]) == (reverse, seed) for r in rows): continue
         rows.append(r := run(reverse, seed)); print({**r, "curve": r["curve"][-1]}, flush=True)
         (part := FILE.with_suffix(".part")).write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, digits=DIGITS, batch=BATCH, seconds_at_most=MOST, runs=rows)) + "\n"); part.replace(FILE)

@@ -10,7 +10,10 @@ from paretolab.mixers.aioli import Aioli
 from paretolab.mixers.dga import DGA
 from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
+from paretolab.mixers.mixing_laws import MixingLaws
+from paretolab.mixers.regmix import RegMix
 from paretolab.mixers.requests import DomainGradients, Probe
+from paretolab.mixers.select import nll
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.static import Static
 from paretolab.models.mobilellm import MobileLLM, mobilellm
@@ -39,7 +42,20 @@ def arithmetic(m, D=1000, steps=100):
 D = 1000
 methods = dict(static=Static(), doremi=DoReMi(floor=1e-5), doge=DoGE(), dga=DGA(every=1), skill_it=SkillIt(graph=tuple(map(tuple, np.eye(D).tolist()))), aioli=Aioli(every=9000))
 milliseconds = {k: round(statistics.median(arithmetic(m) for _ in range(1 if k == "aioli" else 3)), 3) for k,m in methods.items()}
-print("1,000 domains, milliseconds a step:", milliseconds, flush=True)
+
+def offline(m, D=1000):
+    "Seconds of the one fit, and milliseconds of plan and weights in each step after it."
+    names, rng = [f"domain {i}" for i in range(D)], np.random.default_rng(1); s = m.init(names, dict.fromkeys(names, 1/D), 0)
+    plan, A = m.plan(s, 0), rng.uniform(0, 3, D)
+    told = {r: dict(loss=2 + np.exp(-float(A @ r.weights)) + rng.normal(0, 1e-3)) for r in plan}
+    start = time.thread_time(); s = m.observe(s, told); once = time.thread_time() - start
+    start = time.thread_time()
+    for t in range(100): assert m.plan(s, t + 1) == []; m.weights(s)
+    return once, 1e3*(time.thread_time() - start)/100
+
+once = {}
+for k,m in dict(regmix=RegMix(runs=512, targets=("loss",)), mixing_laws=MixingLaws(runs=1100, targets=("loss",))).items(): s, ms = offline(m); once[k], milliseconds[k] = round(s, 2), round(ms, 3)
+print("1,000 domains, milliseconds a step:", milliseconds, "and once, in seconds:", once, flush=True)
 
 class Numbers:
     def __init__(self, n): self.t = rng.integers(0, 4096, n)
@@ -61,17 +77,23 @@ same, changed = (statistics.median(x) for x in zip(*loader))
 torch.manual_seed(0); model, reference = MobileLLM(mobilellm("nano")), MobileLLM(mobilellm("nano")); o = Muon(model.named_parameters(), lr=4e-3)
 def step():
     tokens, _ = next(stream); losses(model, tokens).mean().backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.).item(); o.step(); o.zero_grad()
-tokens, δ = next(stream); step()
-work = dict(step=step, evaluate=lambda: held_out(model, windows), gradients=lambda: align(model, stream, windows, 2, [0, 0]), excess=lambda: excess(model, reference, tokens, δ, names))
-rounds = [{k: cpu(f) for k,f in work.items()} for _ in range(5)]
+tokens, δ = next(stream); step(); known = nll(model, tokens)
+def forward():
+    with torch.no_grad(): losses(model, tokens)
+def backward(): losses(model, tokens).mean().backward(); model.zero_grad()
+work = dict(step=step, forward=forward, backward=backward, evaluate=lambda: held_out(model, windows), gradients=lambda: align(model, stream, windows, 2, [0, 0]), excess=lambda: excess(model, reference, tokens, δ, names, known))
+rounds = [{k: cpu(f) for k,f in work.items()} for _ in range(4)]
 in_steps = {k: [round(x, 3) for x in (lambda v: (statistics.median(v), min(v), max(v)))([r[k]/r["step"] for r in rounds])] for k in work if k != "step"}
+N, W, n = len(names), 4, 2                                              # domains; held-out windows of each; sequences of a domain in its gradient
+once_forward, once_backward = (in_steps[k][0]/B for k in ("forward", "backward"))                # of one sequence
 a, d, k = Aioli(), DGA(), SkillIt()
-share = dict(doremi=in_steps["excess"][0], doge=in_steps["gradients"][0]/DoGE().every, dga=in_steps["gradients"][0]/d.every, skill_it=in_steps["evaluate"][0]/k.every,
-    aioli=(1 + len(names)*a.passes)*in_steps["evaluate"][0]/a.every)
+plain = dict(evaluate=N*W*once_forward, gradients=(N*n + N)*once_backward, excess=B*once_forward)  # the sequences a measurement is made of, at the price training pays for them
+asks = dict(doremi=("excess", 1, 1), doge=("gradients", 1, DoGE().every), dga=("gradients", 1, d.every), skill_it=("evaluate", 1, k.every), aioli=("evaluate", 1 + N*a.passes, a.every))
+share, least = ({m: round(c*times/every, 4) for m,(what,times,every) in asks.items() for c in (cost[what],)} for cost in ({w: v[0] for w,v in in_steps.items()}, plain))
 step_s = statistics.median(r["step"] for r in rounds)
 print(f"next() with the same weights {same*1e3:.3f} ms, with new ones each step {changed*1e3:.3f} ms: {(changed - same)/step_s:+.3%} of a training step")
-print("measurements in training steps (median, least, most):", in_steps); print("share of training at default intervals:", {k: f"{v:.1%}" for k,v in share.items()})
-result = dict(machine=platform.machine(), torch=torch.__version__, milliseconds_a_step_at_1000_domains=milliseconds, next_s=same, next_changed_s=changed, step_s=step_s, loader_share_of_step=(changed - same)/step_s,
-    domains=10, windows=4, minibatch=2, measurements_in_steps=in_steps, share_of_training={k: round(v, 4) for k,v in share.items()}, aioli_probe_share=len(names)*a.passes*a.steps/a.every)
+print("measurements in training steps (median, least, most):", in_steps); print("share of training at default intervals:", {k: f"{v:.1%} (its sequences alone: {least[k]:.1%})" for k,v in share.items()})
+result = dict(machine=platform.machine(), torch=torch.__version__, milliseconds_a_step_at_1000_domains=milliseconds, fit_s_at_1000_domains=once, next_s=same, next_changed_s=changed, step_s=step_s, loader_share_of_step=(changed - same)/step_s,
+    domains=N, windows=W, minibatch=n, batch=B, measurements_in_steps=in_steps, asks={m: dict(measurement=w, times=t, every=e) for m,(w,t,e) in asks.items()}, share_of_training=share, least_share=least, aioli_probe_share=N*a.passes*a.steps/a.every)
 (Path(__file__).parent/"results"/"mixers.json").write_text(json.dumps(result, indent=1) + "\n")
 assert max(milliseconds.values()) < 1, milliseconds

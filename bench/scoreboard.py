@@ -1,4 +1,4 @@
-"""Every mixer on one protocol: equal training tokens, equal tuning trials, three settings, three seeds; what each costs in extra passes.
+"""Every mixer on one protocol: equal training tokens, equal tuning trials, three settings, five seeds; what each costs in extra passes.
 One thread. Trials are entered into results/scoreboard/<setting>.jsonl as they end and are not made again."""
 import functools, json, platform, statistics, sys, tempfile, time, warnings
 from pathlib import Path
@@ -25,7 +25,7 @@ from paretolab.optimizers.muon import Muon
 torch.set_num_threads(1); warnings.filterwarnings("ignore", message=".*saved under.*")
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RESULT = HERE/"results"/"scoreboard.json"
-TUNING, SEEDS, RUNS, SHORT = 100, (0, 1, 2), 24, .25                     # seed of the tuning trials; seeds of the score; small runs in a table, and their length as a share of a run's
+TUNING, SEEDS, RUNS, SHORT = 100, (0, 1, 2, 3, 4), 24, .25                     # seed of the tuning trials; seeds of the score; small runs in a table, and their length as a share of a run's
 
 # Three settings
 
@@ -98,7 +98,7 @@ def score(s, model, p, count, extra=0.):
     looks, bpb = held_out(model, s["looks"], 64), bits_per_byte(model, s["tests"], s["nbytes"], 64)
     return dict(looks=statistics.fmean(looks.values()), bpb=statistics.fmean(bpb.values()), by_domain=bpb, weights=p, extra_passes=round(passes - 1 + extra, 4))
 
-# The methods: two values of the one number each is most sensitive to
+# The methods: three values of the one number each is most sensitive to
 
 def static(name, s, seed, power): c = Count(s); model, p, _ = train(s, seed, sizes(s, power), count=c); return score(s, model, p, c)
 
@@ -125,14 +125,14 @@ def from_table(make):
     return method
 
 METHODS = dict(
-    static=(static, (0., 1.)),                                            # 0 is uniform, which is stratified sampling; 1 is proportional
-    doremi=(by_proxy(lambda η: DoReMi(eta=η)), (.01, .1)),
-    doge=(by_proxy(lambda η: DoGE(eta=η, every=3)), (.05, .3)),
-    dga=(online(lambda t, η: DGA(eta=η, every=16, beta=.2)), (.3, 3.)),
-    skill_it=(online(lambda t, η: SkillIt(eta=η, every=16, steps=2, targets=t)), (.1, .5)),
-    aioli=(online(lambda t, x: Aioli(eta=x[0], every=40, steps=2, passes=1, ema=x[1], targets=t)), ((4., None), (8., .1))),
-    regmix=(from_table(lambda t, n: RegMix(runs=RUNS, targets=t, best=n)), (16, 128)),
-    mixing_laws=(from_table(lambda t, ε: MixingLaws(runs=RUNS, targets=t, floor=ε)), (.002, .02)))
+    static=(static, (0., 1., .5)),                                            # 0 is uniform, which is stratified sampling; 1 is proportional
+    doremi=(by_proxy(lambda η: DoReMi(eta=η)), (.01, .1, 1.)),
+    doge=(by_proxy(lambda η: DoGE(eta=η, every=3)), (.05, .3, 1.)),
+    dga=(online(lambda t, η: DGA(eta=η, every=16, beta=.2)), (.3, 3., 30.)),
+    skill_it=(online(lambda t, η: SkillIt(eta=η, every=16, steps=2, targets=t)), (.1, .5, 2.)),
+    aioli=(online(lambda t, x: Aioli(eta=x[0], every=40, steps=2, passes=1, ema=x[1], targets=t)), ((4., None), (8., .1), (1., None))),
+    regmix=(from_table(lambda t, n: RegMix(runs=RUNS, targets=t, best=n)), (16, 128, 1024)),
+    mixing_laws=(from_table(lambda t, ε: MixingLaws(runs=RUNS, targets=t, floor=ε)), (.002, .02, .05)))
 TABLES = {}
 
 # Trials
@@ -164,7 +164,7 @@ def ask(configs):
     return [o["result"] for o in outs]
 
 def board(name):
-    "Tune on one seed by what the mixers may see, then judge on three others."
+    "Tune on one seed by what the mixers may see, then judge on five others."
     cpu = 0
     for seed in (TUNING, *SEEDS):
         r, = ask([dict(setting=name, method="table", seed=seed)]); import scoreboard; scoreboard.TABLES[name, seed] = r["out"]; cpu += r["cpu"]

@@ -1,6 +1,6 @@
-"""Many tiny models as one batched program against the same models one by one: CPU time of a training step of all, on one thread, taken in turns.
-Two single-thread processes do twice what one does on two free cores, whichever way each of them trains: so the ratio here is also that of two processes of stacks to two of single models."""
-import json, platform, statistics, time
+"""Many tiny models as one batched program against two single-thread processes that train theirs one by one: wall time of a training step of all, taken in turns on two cores.
+Three ways with 16 models: two processes of eight, one by one; two processes of eight, stacked; one process with two threads and one stack of 16. Processor time of one thread is kept beside it."""
+import json, multiprocessing, platform, statistics, time
 from pathlib import Path
 
 import numpy as np, torch
@@ -10,8 +10,7 @@ from paretolab.engine.fit import losses
 from paretolab.mixers.stacked import stacked
 from paretolab.models.mobilellm import MobileLLM, Shape
 
-torch.set_num_threads(1)
-MODELS, ROUNDS, STEPS = 8, 5, 2
+MODELS, ROUNDS, FILE = 8, 3, Path(__file__).parent/"results"/"stacked.json"
 
 class Numbers:
     def __init__(self, vocab): self.t = np.random.default_rng(0).integers(0, vocab, 20_000)
@@ -20,28 +19,52 @@ class Numbers:
 
 def adamw(named): return torch.optim.AdamW([p for _,p in named], lr=1e-3, fused=True)
 
-def one_by_one(models, streams):
+def one_by_one(models, streams, steps):
     for m,s in zip(models, streams):
         o = adamw(m.named_parameters())
-        for _ in range(STEPS): losses(m, next(s)[0]).mean().backward(); nn.utils.clip_grad_norm_(m.parameters(), 1.); o.step(); o.zero_grad()
+        for _ in range(steps): losses(m, next(s)[0]).mean().backward(); nn.utils.clip_grad_norm_(m.parameters(), 1.); o.step(); o.zero_grad()
 
-def cpu(f): start = time.process_time(); f(); return time.process_time() - start
+def made(models, batch, length, vocab):
+    text = dict(a=Numbers(vocab), b=Numbers(vocab))
+    return ([MobileLLM(Shape(vocab=vocab, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=length)) for _ in range(models)],
+        [MixedStream(text, dict(a=.5, b=.5), batch, length, i) for i in range(models)])
 
-def ratio(batch, length, vocab):
-    "Median, least and greatest ratio over the rounds, and tokens a second of the stack."
-    text = dict(a=Numbers(vocab), b=Numbers(vocab)); models = [MobileLLM(Shape(vocab=vocab, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=length)) for _ in range(MODELS)]
-    streams = [MixedStream(text, dict(a=.5, b=.5), batch, length, i) for i in range(MODELS)]
-    ways = [lambda: one_by_one(models, streams), lambda: stacked(models, streams, lambda t: 1., steps=STEPS, optimizer=adamw)]
-    for f in ways: f()
-    taken = [[cpu(f) for f in ways] for _ in range(ROUNDS)]
+def ways(models, streams, steps): return dict(single=lambda: one_by_one(models, streams, steps), stack=lambda: stacked(models, streams, lambda t: 1., steps=steps, optimizer=adamw))
+
+def worker(pipe):
+    "A process with one thread: makes what it is told, then trains it as often as it is told; answers with its processor time."
+    torch.set_num_threads(1); f, streams = {}, []
+    while (told := pipe.recv()) is not None:
+        start = time.process_time()
+        if isinstance(told, tuple): [s.close() for s in streams]; m, streams = made(MODELS, *told[:3]); f = ways(m, streams, told[3])
+        else: f[told]()
+        pipe.send(time.process_time() - start)
+
+def both(pipes, told):
+    "Wall time until both processes have answered, and their mean processor time."
+    start = time.perf_counter()
+    for p in pipes: p.send(told)
+    cpu = [p.recv() for p in pipes]
+    return time.perf_counter() - start, statistics.fmean(cpu)
+
+def measured(pipes, batch, length, vocab):
+    steps = max(2, 512//(batch*length)); both(pipes, (batch, length, vocab, steps))
+    m, streams = made(2*MODELS, batch, length, vocab); wide = ways(m, streams, steps)["stack"]
+    def threads(): start = time.perf_counter(); wide(); return time.perf_counter() - start
+    rounds = []
+    for r in range(ROUNDS + 1):
+        (single, c), (stack, d) = both(pipes, "single"), both(pipes, "stack")
+        rounds.append(dict(two_stacks=single/stack, one_stack=single/threads(), cpu=c/d, tokens_per_s=2*MODELS*steps*batch*length/stack))
     for s in streams: s.close()
-    r = sorted(a/b for a,b in taken)
-    return dict(batch=batch, length=length, vocab=vocab, ratio=round(r[ROUNDS//2], 3), lowest=round(r[0], 3), highest=round(r[-1], 3), tokens_per_s=round(MODELS*STEPS*batch*length/statistics.median(b for _,b in taken)))
+    of = lambda k: sorted(r[k] for r in rounds[1:])                      # the first warms up
+    return dict(batch=batch, length=length, vocab=vocab, **{k: [round(x, 3) for x in (statistics.median(of(k)), of(k)[0], of(k)[-1])] for k in ("two_stacks", "one_stack", "cpu")}, tokens_per_s=round(statistics.median(of("tokens_per_s"))))
+
+GRID = [(B, L, V) for V in (256, 512, 4096) for B,L in ((2, 16), (4, 32), (8, 32), (8, 64), (4, 128), (16, 128)) if V*B*L <= 4096*512]          # beyond, a gigabyte of logits
 
 if __name__ == "__main__":
+    torch.set_num_threads(2); context = multiprocessing.get_context("spawn"); pipes = []
+    for _ in range(2): here, there = context.Pipe(); context.Process(target=worker, args=(there,), daemon=True).start(); pipes.append(here)
     grid = []
-    for vocab in (256, 512, 4096):
-        for batch,length in ((2, 16), (4, 32), (8, 64), (4, 128), (16, 128)):
-            if vocab == 4096 and batch*length > 512: continue              # a gigabyte of logits
-            grid.append(ratio(batch, length, vocab)); print(grid[-1], flush=True)
-    (Path(__file__).parent/"results"/"stacked.json").write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, models=MODELS, rounds=ROUNDS, parameters={v: Shape(vocab=v, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=128).parameters for v in (256, 512, 4096)}, grid=grid), indent=1) + "\n")
+    for at in GRID: grid.append(measured(pipes, *at)); print(grid[-1], flush=True)
+    for p in pipes: p.send(None)
+    FILE.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, models=MODELS, rounds=ROUNDS, parameters={v: made(1, 1, 128, v)[0][0].shape.parameters for v in (256, 512, 4096)}, grid=grid), indent=1) + "\n")

@@ -125,13 +125,14 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #92845c8e
+# %% ../../../nbs/engine/fit.ipynb #5984f12a
 def _step(step, model, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
-    α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
     own = next((partial(h.losses, step) for h in hooks if hasattr(h, "losses")), losses)
-    ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ], own)
+    whole = own(model, tokens) if accumulate == 1 else None              # a hook's weights may come from these losses
+    α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
+    ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ], own if whole is None else lambda model, x: whole)
     λ, params = _by_domain(ℓ, δ, stream.domains), [p for g in optimizer.param_groups for p in g["params"]]
     size = lambda: nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
     if good := bool(ℓ.isfinite().all()): _call(hooks, "on_losses", step, λ)

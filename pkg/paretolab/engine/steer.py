@@ -30,7 +30,10 @@ def held_out(
     model.train(was)
     return out
 
-# %% ../../../nbs/engine/steer.ipynb #99db8f3d
+# %% ../../../nbs/engine/steer.ipynb #81131535
+def _each(model, tokens): return F.cross_entropy(model(tokens[:,:-1]).flatten(0, 1), tokens[:,1:].flatten(), reduction="none").view(len(tokens), -1)
+
+# %% ../../../nbs/engine/steer.ipynb #8fe8126a
 @torch.no_grad()
 def excess(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V)
@@ -38,10 +41,10 @@ def excess(
     tokens, # a batch, (B, L+1) int64
     domain, # (B,) int64
     domains:list, # names
+    known=None, # the model's losses of these tokens where they are known, (B, L); None: computed
 )->dict: # domain -> e, or None where the batch has none of it
     "Loss above the reference's, clipped at 0 for each token, by domain."
-    ℓ, r = (F.cross_entropy(m(tokens[:,:-1]).transpose(1, 2), tokens[:,1:], reduction="none") for m in (model, reference))
-    e = (ℓ - r).clamp_min(0).mean(1)
+    e = ((_each(model, tokens) if known is None else known) - _each(reference, tokens)).clamp_min(0).mean(1)
     return {d: e[domain == i].double().mean().item() if (domain == i).any() else None for i,d in enumerate(domains)}
 
 # %% ../../../nbs/engine/steer.ipynb #3adf080d
@@ -89,8 +92,40 @@ def _as_of(folder, name, model):
     old = copy.deepcopy(model); old.load_state_dict(tensors["model"], strict=False)
     return old
 
-# %% ../../../nbs/engine/steer.ipynb #e4af2b1a
-class Steer:
+# %% ../../../nbs/engine/steer.ipynb #87abccd1
+class _Requests:
+    "What a mixer has asked for and not been told yet."
+    def _ask(self, p):
+        if p != self.asked: self.stream.weights = self.asked = p        # the same weights again would only undo the prefetch
+    def _told(self, answer):
+        "Take the answer to the first open request; observe after the last."
+        self.run["told"].append(answer); self.open.pop(0)
+        if self.open: return
+        plan = self.mixer.plan(self.state, self.run["planned"])
+        self.state = self.mixer.observe(self.state, dict(zip(plan, self.run["told"])))
+        self.run["told"] = []; self._ask(self.mixer.weights(self.state))
+    def state_dict(self): return dict(mixer=repr(self.mixer), state=self.state, open=len(self.open), run=dict(self.run, told=list(self.run["told"]), kept=dict(self.run["kept"])))
+    def load_state_dict(self, s):
+        if s["mixer"] != repr(self.mixer): raise ValueError(f"the run was saved with the mixer {s['mixer']} (got {self.mixer!r}); pass the same one or use another run folder")
+        self.state, self.run, self.asked, self.seen = s["state"], {**s["run"], "kept": dict(s["run"].get("kept", {}))}, None, None
+        plan = list(self.mixer.plan(self.state, self.run["planned"])) if s["open"] else []
+        self.open = plan[len(plan) - s["open"]:]
+
+# %% ../../../nbs/engine/steer.ipynb #3207d1f0
+def _answer(h):
+    "Answer open requests until one needs more training."
+    while h.open:
+        r = h.open[0]
+        if r == Evaluate(): h._told(held_out(h.model, h.windows))
+        elif r == DomainGradients(): h._told(align(h.model, h.stream, h.windows, h.minibatch, [h.seed, h.run["planned"]]))
+        elif isinstance(r, Keep): h.run["kept"][str(r.step)] = _keep(h.kept, r.step, h.model); h._told({})
+        elif isinstance(r, Influence): h._told(_worth(_as_of(h.kept, h.run["kept"][str(r.step)], h.model), h.stream, h.windows, r.targets, r.samples, h.seed))
+        elif isinstance(r, Probe): h.run.update(before=h.run["before"] or held_out(h.model, h.windows), left=r.steps); return h._ask(dict(zip(h.stream.domains, r.weights)))
+        elif r == Evaluate(excess=True) and h.reference: return
+        else: raise ValueError(f"{type(h.mixer).__name__} asked for {r}, which needs {'a reference model: pass one' if isinstance(r, Evaluate) else 'runs of its own: make them with engine.sweep'}")
+
+# %% ../../../nbs/engine/steer.ipynb #90efd437
+class Steer(_Requests):
     "Answers a mixer's requests inside `fit` and sets the stream's weights."
     def __init__(self,
         mixer, # an object with init, plan, observe and weights, see mixers.protocol
@@ -103,53 +138,23 @@ class Steer:
         kept:str|Path|None=None, # folder for weights that the mixer wants kept
     ):
         self.mixer, self.model, self.stream, self.windows, self.seed, self.reference, self.minibatch, self.kept = mixer, model, stream, windows, seed, reference, minibatch, kept
-        self.state, self.open, self.asked = mixer.init(stream.domains, stream.weights, seed), [], None
-        self.run = dict(planned=0, told=[], left=0, before=None, kept={})
-        self._ask(mixer.weights(self.state))
+        self.state, self.open, self.asked, self.seen = mixer.init(stream.domains, stream.weights, seed), [], None, None
+        self.run = dict(planned=0, told=[], left=0, before=None, kept={}); self._ask(mixer.weights(self.state))
+        if reference: self.losses = self._losses
 
-    def _ask(self, p):
-        if p != self.asked: self.stream.weights = self.asked = p        # the same weights again would only undo the prefetch
-
-    def _told(self, answer):
-        "Take the answer to the first open request; observe after the last."
-        self.run["told"].append(answer); self.open.pop(0)
-        if self.open: return
-        plan = self.mixer.plan(self.state, self.run["planned"])
-        self.state = self.mixer.observe(self.state, dict(zip(plan, self.run["told"])))
-        self.run["told"] = []; self._ask(self.mixer.weights(self.state))
-
-    def _answer(self):
-        "Answer open requests until one needs more training."
-        while self.open:
-            r = self.open[0]
-            if r == Evaluate(): self._told(held_out(self.model, self.windows))
-            elif r == DomainGradients(): self._told(align(self.model, self.stream, self.windows, self.minibatch, [self.seed, self.run["planned"]]))
-            elif isinstance(r, Keep): self.run["kept"][str(r.step)] = _keep(self.kept, r.step, self.model); self._told({})
-            elif isinstance(r, Influence): self._told(_worth(_as_of(self.kept, self.run["kept"][str(r.step)], self.model), self.stream, self.windows, r.targets, r.samples, self.seed))
-            elif isinstance(r, Probe): self.run.update(before=self.run["before"] or held_out(self.model, self.windows), left=r.steps); return self._ask(dict(zip(self.stream.domains, r.weights)))
-            elif r == Evaluate(excess=True) and self.reference: return
-            else: raise ValueError(f"{type(self.mixer).__name__} asked for {r}, which needs {'a reference model: pass one' if isinstance(r, Evaluate) else 'runs of its own: make them with engine.sweep'}")
-
+    def _losses(self, step, model, tokens): ℓ = _each(model, tokens); self.seen = (step, ℓ.detach()); return ℓ.mean(1)
     def loss_weights(self, step, tokens, domain):
-        if self.open and self.open[0] == Evaluate(excess=True): self._told(excess(self.model, self.reference, tokens, domain, self.stream.domains))
+        if self.open and self.open[0] == Evaluate(excess=True):
+            known = self.seen[1] if self.seen and self.seen[0] == step else None
+            self._told(excess(self.model, self.reference, tokens, domain, self.stream.domains, known))
         return self.mixer.loss_weights(self.state) if hasattr(self.mixer, "loss_weights") else None
-
     def on_step(self, step, record):
-        if self.run["left"]:
-            self.run["left"] -= 1
-            if self.run["left"]: return
-            before, self.run["before"] = self.run["before"], held_out(self.model, self.windows)        # after this probe is before the next
-            self._told(dict(before=before, after=self.run["before"]))
-        else: self.run["before"] = None
+        self.run["left"] -= (probing := self.run["left"] > 0); self.seen = None
+        if self.run["left"]: return
+        before, self.run["before"] = self.run["before"], held_out(self.model, self.windows) if probing else None   # after this probe is before the next
+        if probing: self._told(dict(before=before, after=self.run["before"]))
         if not self.open: self.run["planned"] = step + 1; self.open = list(self.mixer.plan(self.state, step + 1))
-        self._answer()
-
-    def state_dict(self): return dict(mixer=repr(self.mixer), state=self.state, open=len(self.open), run=dict(self.run, told=list(self.run["told"]), kept=dict(self.run["kept"])))
-    def load_state_dict(self, s):
-        if s["mixer"] != repr(self.mixer): raise ValueError(f"the run was saved with the mixer {s['mixer']} (got {self.mixer!r}); pass the same one or use another run folder")
-        self.state, self.run, self.asked = s["state"], {**s["run"], "kept": dict(s["run"].get("kept", {}))}, None
-        plan = list(self.mixer.plan(self.state, self.run["planned"])) if s["open"] else []
-        self.open = plan[len(plan) - s["open"]:]
+        _answer(self)
 
 # %% ../../../nbs/engine/steer.ipynb #73bf7ec1
 class Replay:

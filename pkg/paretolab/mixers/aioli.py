@@ -36,12 +36,12 @@ def normalised(
     B = A - A.min()
     return B/B.sum() if B.sum() > 0 else B
 
-# %% ../../../nbs/mixers/aioli.ipynb #7d531091
+# %% ../../../nbs/mixers/aioli.ipynb #69b22bf2
 @dataclass(frozen=True)
 class Aioli:
     "Mixes by a law that is measured with probes inside the run."
     eta:float=.2 # step size η
-    every:int=250 # steps from one round to the next
+    every:int=1000 # steps from one round to the next
     steps:int=4 # steps of a probe
     passes:int=2 # passes over the probes in a round
     one_hot:float=.75 # share of the probed domain o

@@ -37,7 +37,7 @@ def law(
     a, α, b, β, E = theta
     return E + np.exp(a - α*np.log(N)) + np.exp(b - β*np.log(D))
 
-# %% ../../../nbs/mixers/effective_tokens.ipynb #4c75e0ea
+# %% ../../../nbs/mixers/effective_tokens.ipynb #788bafc8
 def fit_law(
     N:np.ndarray, # parameters, (R,)
     D:np.ndarray, # tokens, (R,)
@@ -52,7 +52,7 @@ def fit_law(
     q = np.zeros((len(L), 2)) if quality is None else np.asarray(quality, float); q0 = q.mean(0)
     f = lambda p: law(p[:5], N, effective(D, q - q0, np.append(p[5:], (0., 0.))[:2])) - L
     low, high = [-5, .02, -5, .02, 0, -60, -60][:free], [12, 1.5, 25, 1.5, L.min(), 60, 60][:free]
-    starts = np.random.default_rng(seed).uniform([0, .1, 1, .1, 0, -2, -2][:free], [5, .6, 8, .6, .9*L.min(), 2, 2][:free], (8, free))
+    starts = np.random.default_rng(seed).uniform([0, .1, 1, .1, 0, -2, -2][:free], [5, .6, 8, .6, .9*L.min(), 2, 2][:free], (4, free))
     p = min((least_squares(f, x, bounds=(low, high), loss="soft_l1", f_scale=.02) for x in starts), key=lambda r: r.cost).x
     if quality is None: return p, np.zeros(2)
     p[2] += p[3]*(q0 @ p[5:])                                 # back to quality from 0

@@ -11,7 +11,7 @@ import numpy as np
 from .protocol import begin, read
 from .requests import Run
 
-# %% ../../../nbs/mixers/regmix.ipynb #3c5c08a7
+# %% ../../../nbs/mixers/regmix.ipynb #08d5b8e9
 def draw(
     prior:np.ndarray, # π, (D,)
     n:int, # mixtures
@@ -21,10 +21,11 @@ def draw(
     π, rng, out = np.asarray(prior, float), np.random.default_rng(seed), []
     base = np.where(π > 0, np.maximum(π, 1e-12)**.5, 0)
     base, s = base/base.sum()*np.count_nonzero(π), np.geomspace(.1, 5, 15)
+    tries = 0                                                       # of many domains few mixtures at a small scale pass: go to the next one
     while len(out) < n:
-        p = np.zeros(len(π)); p[π > 0] = rng.dirichlet(np.maximum(base[π > 0]*s[len(out) % 15], 1e-3))
-        p = np.where(p < 2e-4, 0, p)/p[p >= 2e-4].sum()
-        if (p <= 15*π).all(): out.append(p)
+        p = np.zeros(len(π)); p[π > 0] = rng.dirichlet(np.maximum(base[π > 0]*s[(len(out) + tries//50) % 15], 1e-3)); tries += 1
+        p = np.where(p < 2e-4, 0, p)/max(p[p >= 2e-4].sum(), 1e-300)
+        if p.any() and (p <= 15*π).all(): out.append(p); tries = 0
     return np.array(out)
 
 # %% ../../../nbs/mixers/regmix.ipynb #bcc89530
@@ -47,7 +48,7 @@ def ridge(
     w = np.linalg.solve(Z.T @ Z + λ*np.eye(Z.shape[1]), Z.T @ (y - y.mean()))
     return lambda Q: (np.log(np.asarray(Q) + ε) - μ)/σ @ w + y.mean()
 
-# %% ../../../nbs/mixers/regmix.ipynb #7ed34b06
+# %% ../../../nbs/mixers/regmix.ipynb #e1143558
 @dataclass(frozen=True)
 class RegMix:
     "The mixture whose predicted loss is least, from a table of small runs."
@@ -69,19 +70,20 @@ class RegMix:
     def observe(self, state, signals):
         plan, names = self.plan(state, 0), list(self.targets) or state["domains"]
         y = np.array([read(signals, r, names).mean() for r in plan])
-        f, Q = self.fit(np.array([r.weights for r in plan]), y), draw_near(state["prior"], self.candidates, state["seed"] + 1)
-        p = Q[np.argsort(f(Q))[:self.best]].mean(0) if np.ptp(y) else np.array(state["prior"])          # runs that all end alike move nothing
+        f, Q = self.fit(np.array([r.weights for r in plan]), y), np.empty((0, len(state["domains"])))
+        for more in draw_near(state["prior"], self.candidates, state["seed"] + 1): Q = np.r_[Q, more]; Q = Q[np.argsort(f(Q), kind="stable")[:self.best]]
+        p = Q.mean(0) if np.ptp(y) else np.array(state["prior"])                 # runs that all end alike move nothing
         return dict(state, p=(p/p.sum()).tolist(), predicted=float(f(p[None])[0]))
     def weights(self, state): return dict(zip(state["domains"], state["p"]))
 
-# %% ../../../nbs/mixers/regmix.ipynb #c95fecfc
+# %% ../../../nbs/mixers/regmix.ipynb #a6c32f5e
 def draw_near(
     prior:np.ndarray, # π, (D,)
     n:int, # mixtures
     seed:int, # of the draws
-)->np.ndarray: # (n, D)
+): # mixtures, (m, D), in blocks of about a million numbers
     "Random mixtures around the prior, many at once."
-    π, rng = np.asarray(prior, float), np.random.default_rng(seed)
-    s = np.geomspace(.1, 5, 15)[rng.integers(15, size=n)]
-    g = rng.standard_gamma(np.maximum(np.outer(s, π*np.count_nonzero(π)), 1e-3)*(π > 0) + (π == 0))*(π > 0)
-    return g/np.maximum(g.sum(1, keepdims=True), 1e-300)
+    π, rng = np.asarray(prior, float), np.random.default_rng(seed); size = -(-10**6//len(π))
+    for s in np.split(np.geomspace(.1, 5, 15)[rng.integers(15, size=n)], range(size, n, size)):
+        g = rng.standard_gamma(np.maximum(np.outer(s, π*np.count_nonzero(π)), 1e-3)*(π > 0) + (π == 0))*(π > 0)
+        yield g/np.maximum(g.sum(1, keepdims=True), 1e-300)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['nll', 'score', 'top', 'draw']
 
-# %% ../../../nbs/mixers/select.ipynb #42ce91f4
+# %% ../../../nbs/mixers/select.ipynb #a3815da5
 import numpy as np, torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 from .spans import Picked
 
-# %% ../../../nbs/mixers/select.ipynb #990882e3
+# %% ../../../nbs/mixers/select.ipynb #1e893899
 @torch.no_grad()
 def nll(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V)
@@ -18,8 +19,8 @@ def nll(
 )->Tensor: # (B, L): nats
     "The loss of each token."
     was = model.training; model.eval()
-    z = model(tokens[:,:-1]); model.train(was)
-    return z.logsumexp(-1) - z.gather(-1, tokens[:,1:,None])[...,0]
+    z, y = model(tokens[:,:-1]).flatten(0, 1), tokens[:,1:].flatten(); model.train(was)
+    return torch.cat([F.cross_entropy(*part, reduction="none") for part in zip(z.split(64), y.split(64))]).view(len(tokens), -1)
 
 # %% ../../../nbs/mixers/select.ipynb #f3b25b39
 def _batches(spans, length, batch):
