@@ -46,4 +46,3 @@ plans.restore(spare, model.state_dict())
 whole = trial("few windows, 16 bits", loss)
 measured |= {n: trial(f"alone {n}", lambda: alone(n)) for n in options}
 save()
-trial.path.unlink()                     # complete: the next run measures anew
