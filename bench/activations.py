@@ -1,4 +1,4 @@
-"""Bits per byte of the shipped checkpoint for all widths of weights, activations and cache. Writes results/activations.json; its journal lets a run that was stopped go on."""
+"""Bits per byte of the shipped checkpoint for all widths of weights, activations and cache. Writes results/activations.json; finished trials are in results/activations.jsonl and not repeated, remove it to measure anew."""
 import json
 from paretolab.models import hf
 from paretolab.quantizers import activations, plan
