@@ -35,7 +35,11 @@ lab: $(READY) ## JupyterLab on the pages, at 127.0.0.1 only
 docs: $(READY) ## the website, in _docs/
 	$(BIN)/python docs/build.py
 
-bench: $(READY) ## speed, as ratios: bench/results/*.json
+$(VENV)/.bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[bench]' || echo "not all engines that bench/ compares with could be installed: what needs them is left out"
+	@touch $@
+
+bench: $(VENV)/.bench ## speed and quality beside other engines: bench/results/*.json
 	@for f in bench/*.py; do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
 
 export: $(READY) ## write the package and README.md from the pages

@@ -1,4 +1,4 @@
-"""Bits per byte of the shipped checkpoint for all widths of weights, activations and cache. Writes results/activations.json; its journal lets a run that was stopped go on."""
+"""Bits per byte of the shipped checkpoint for all widths of weights, activations and cache. Writes results/activations.json; finished trials are in results/activations.jsonl and not repeated, remove it to measure anew."""
 import json
 from paretolab.models import hf
 from paretolab.quantizers import activations, plan
@@ -20,4 +20,3 @@ def nearest(w):
 
 grid = {f"W{w} A{a} KV{kv}": trial(f"W{w} A{a} KV{kv}", lambda: rounded(nearest(w), a, kv)) for w in (16, 8, 4) for a in (16, 8, 4) for kv in (16, 8, 4, 2)}
 (RESULTS/"activations.json").write_text(json.dumps(dict(tokens=sum(w.numel() - len(w) for w in text.held.values()), grid=grid), indent=1) + "\n")
-trial.path.unlink()                     # complete: the next run measures anew

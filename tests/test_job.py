@@ -9,6 +9,9 @@ from paretolab.engine.settings import Settings, member, parse, read
 from paretolab.frontier import job, points
 from paretolab.frontier.command import domains, main, preset
 from paretolab.models import hf
+from paretolab.models.mobilellm import MobileLLM, mobilellm
+from paretolab.quantizers import gptq, lowbit
+from paretolab.quantizers.plan import model_bytes, uniform
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_a_failed_point_stays_and_the_job_goes_on(globs, small):
 @pytest.mark.parametrize("argv,says", [
     (["--steps", "-3"], "steps"), (["--batch", "0"], "batch=0"), (["--shape", "9B"], "'9B'"), (["--length", "600"], "at most 512"), (["--widths", "4,4"], "(4, 4)"), (["--widths", "nan"], "nan"), (["--seconds", "nan"], "seconds=nan"), (["--quantizer", "absmax.os"], "'absmax.os'"),
     (["--optimizer", "os.system"], "'os.system'"), (["--widths", "four"], "list of numbers"), (["--share", "2"], "share=2.0"), (["--settings", "nowhere.ini"], "cannot be read"), (["--widths", "5"], "widths=(5,)"), (["--group", "-4"], "group=-4"),
-    (["--temperature", "1e6"], "temperature=1000000.0"), (["--threads", "-2"], "threads=-2"), (["--threads", "99999999"], "threads=99999999"), (["--seed", str(10**22)], "seed=1"), (["--batch", "10000000000"], "paretolab: "), (["--out", "/proc/x"], "cannot be made: /proc/x")])
+    (["--temperature", "1e6"], "temperature=1000000.0"), (["--threads", "-2"], "threads=-2"), (["--threads", "99999999"], "threads=99999999"), (["--seed", str(10**22)], "seed=1"), (["--batch", "10000000000"], "paretolab: "), (["--plan", "nowhere.json"], "nowhere.json"), (["--out", "/proc/x"], "cannot be made: /proc/x")])
 def test_the_command_refuses_by_a_sentence(argv, says, globs, small, capsys):
     data = [x for d,g in globs.items() for x in ("--data", f"{d}={g}")]
     small_args = ["--steps", "6", "--warmup", "2", "--batch", "2", "--length", "64", "--threads", "1", "--out", small.out]
@@ -207,6 +210,28 @@ def test_training_goes_on_from_a_saved_model(globs, small):
     assert not torch.equal(other.norm.weight, further.norm.weight)
     with pytest.raises(ValueError, match="same shape.*'tiny'"): job.prepare(replace(on, shape="tiny"), globs)
     with pytest.raises(FileNotFoundError, match="nowhere is no model"): job.prepare(replace(on, start="nowhere"), globs)
+
+
+def test_a_plan_is_one_more_point_of_each_model_it_fits(globs, small, capsys):
+    text, model = job.prepare(small, globs), MobileLLM(mobilellm("nano"))
+    shapes = {n: tuple(p.shape) for n,p in model.named_parameters()}
+    plan = uniform(model, 3, 64, "gptq.quantize") | {n: ([2, 4]*(l.weight.shape[1]//128), 64, "allocate.mixed") for n,l in model.named_modules() if n.endswith("mlp.down")}
+    (file := job.Path(small.out)/"plan.json").write_text(json.dumps(plan))
+    found = job.frontier(replace(small, plan=str(file)), globs)
+    assert [p.name for p in found] == ["mine-16bit", "mine-4bit", "shipped-16bit", "shipped-4bit", "mine-plan"] and not any(p.failed for p in found)
+    p, folder = found[-1], job.Path(small.out)/"models"
+    q, _ = lowbit.load(folder/"mine-plan"/"lowbit.safetensors")
+    assert sum(t.nbytes for t in q.values()) == model_bytes(plan, shapes) and (p.bits, p.group, p.embed_bits, p.quantizer) == (3., 64, 8., "allocate.mixed, gptq.quantize")
+    assert q["blocks.0.mlp.down.weight"].bits == tuple([2, 4]*(shapes["blocks.0.mlp.down.weight"][1]//128))
+    trained = job.load(folder/"mine-16bit")
+    assert not torch.equal(q["blocks.1.attn.q.weight"].codes(), gptq.quantize(trained.blocks[1].attn.q.weight, 3, 64).codes())      # calibrated
+    job.train(small, text)                                           # a plan shapes no training: the run is found
+    assert len(list((job.Path(small.out)/"training").iterdir())) == 1
+    file.write_text(json.dumps(uniform(model, 3, 64, "gptq.quantize") | {"blocks.99.attn.q": (4, 64, "absmax.quantize")}))
+    with pytest.raises(ValueError, match="mine: the plan names 'blocks.99.attn.q'.*shipped: the plan names"): job.prepare(replace(small, plan=str(file)), globs)
+    for bad in ("[", "[1]", '{"embed": [4, "x", "absmax.quantize"]}', '{"embed": [5, 64, "absmax.quantize"]}', '{"embed": 4}', '{"embed": [4, 64, "os.system"]}'):
+        file.write_text(bad)
+        assert main(["frontier", "--plan", str(file)]) == 2 and "paretolab: " in (err := capsys.readouterr().err) and "Traceback" not in err
 
 
 def test_a_quantizer_that_needs_text_is_calibrated(globs, small):

@@ -1,6 +1,8 @@
 import json, resource, struct
+from collections import Counter
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from paretolab.kernels import rows16
 from paretolab.kernels.unpack import naive
 from paretolab.quantizers.lowbit import LEVELS, LowBit, load, pack_bits, save
 
@@ -42,6 +44,23 @@ def test_values_follow_the_equation(made):
             k = j // q.group
             zero = q.zeros[r, k].float() if q.zeros is not None else 0
             assert w[r, place[j]] == q.scales[r, k].float() * grid[of[k]][codes[r, j]] + zero
+
+
+@pytest.mark.soak
+def test_ten_thousand_tensors_come_back_from_files(tmp_path, record_property):
+    "Codes to bytes to codes, exactly: every width, mixed or not, odd shapes, through a file."
+    widths, shapes = Counter(), set()
+    @given(lowbits())
+    @settings(max_examples=10_000, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    def back(made):
+        q, codes, grid, of = made
+        save(tmp_path/"m", {"w": q})
+        again = load(tmp_path/"m")[0]["w"]
+        assert torch.equal(again.codes().int(), codes.int()) and same(again.dequantize(), q.dequantize())
+        widths.update(set(of) | {"tensors"}); shapes.add(q.shape)
+    back()
+    assert widths["tensors"] >= 10_000 and min(widths[b] for b in LEVELS) > 500
+    record_property("tensors", widths["tensors"]); record_property("shapes", len(shapes)); record_property("of a width", {f"{b:g}": widths[b] for b in LEVELS})
 
 
 @given(st.lists(lowbits(), max_size=3))
@@ -141,6 +160,21 @@ def test_a_save_that_fails_leaves_nothing(tmp_path):
     (tmp_path / "m" / "full").mkdir(parents=True)
     with pytest.raises(OSError): save(tmp_path / "m", {"w": small()})
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_nothing_is_copied_until_a_kernel_packs(tmp_path):
+    "What this process holds in memory before and after: codes of 8 MB stay on disk until they are packed."
+    big = LowBit((torch.randint(256, (1024, 8192), dtype=torch.uint8),), torch.ones(1024, 1).half(), (torch.arange(16.) - 8,), (1024, 16384), 4, 16384)
+    save(tmp_path/"m", {"w": big})
+    held = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])/1024
+    before, (q, _) = held(), load(tmp_path/"m")
+    q = q["w"]
+    assert held() - before < 2                                      # scales and grid are looked at, no page of the codes is
+    packed = rows16.pack(q)
+    maps = [[int(a, 16) for a in line.split()[0].split("-")] for line in open("/proc/self/maps") if str(tmp_path/"m") in line]
+    inside = lambda t: any(lo <= t.data_ptr() < hi for lo, hi in maps)
+    assert inside(q.packed[0]) and not inside(packed.data) and packed.data.nbytes >= 2**23 and held() - before > 8
+    assert torch.equal(rows16.rows(packed, torch.tensor([0, 1023])), big.dequantize()[[0, 1023]])
 
 
 def test_loading_maps_the_file(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 # %% ../../../nbs/engine/settings.ipynb #98a081b5
 def _in(section, default, help): return field(default=default, metadata=dict(section=section, help=help))
 
-# %% ../../../nbs/engine/settings.ipynb #14df3f99
+# %% ../../../nbs/engine/settings.ipynb #c0fd8d2c
 @dataclass(frozen=True)
 class Settings:
     "Every setting of `paretolab train` and `paretolab frontier`, with its default."
@@ -39,6 +39,7 @@ class Settings:
     group:int = _in("frontier", 64, "weights that share a scale; 0: a row")
     quantizer:str = _in("frontier", "absmax.quantize", "module.attribute in paretolab.quantizers")
     embed_bits:float = _in("frontier", 8.0, "bits of the embedding where the layers have fewer than 16")
+    plan:str = _in("frontier", "", "JSON file of a plan {module: [bits, group, quantizer]}, one more point of each model it fits; empty: none")
     windows:int = _in("frontier", 12, "validation windows of each domain")
     out:str = _in("frontier", "runs/frontier", "folder of the results")
 

@@ -28,7 +28,27 @@ class Text:
     tokenizer:object # the shipped byte-level BPE
     nbytes:torch.Tensor # bytes each entry stands for, (V,)
 
-# %% ../../../nbs/frontier/job.ipynb #344e5724
+# %% ../../../nbs/frontier/job.ipynb #e280857f
+def _planned(s):
+    "The plan of a file and the models it fits, by their points' names; or a sentence on why it fits none."
+    from paretolab.models import hf
+    from paretolab.models.mobilellm import MobileLLM, mobilellm
+    from paretolab.quantizers.plan import model_bytes, uniform
+    if not s.plan: return None, []
+    try: p = json.loads(Path(s.plan).expanduser().read_text())
+    except (OSError, ValueError) as e: raise ValueError(f"a plan is a JSON file {{module name: [bits, group, quantizer]}}, as json.dumps writes what allocate.layers gives (got {s.plan}: {type(e).__name__})") from None
+    fits, why = [], ""
+    for who,shape in (("mine", mobilellm(s.shape)), ("shipped", hf.shape(hf.shipped()))):
+        with torch.device("meta"): model = MobileLLM(shape)
+        try:
+            model_bytes(p, {n: tuple(w.shape) for n,w in model.named_parameters()})
+            if left := [n for n in uniform(model, 4) if n not in p]: raise ValueError(f"it says nothing of {left[0]} (16 bits leave a matrix as it is)")
+            fits.append(who)
+        except ValueError as e: why += f"; {who}: {e}"
+    if not fits: raise ValueError(f"the plan {s.plan} cannot be carried out{why}")
+    return p, fits
+
+# %% ../../../nbs/frontier/job.ipynb #f0af4cd1
 def _check(s, globs):
     "Refuse what can be known before any text is read."
     from paretolab.models import hf
@@ -44,7 +64,7 @@ def _check(s, globs):
     try: Path(s.out).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f"the folder of the results cannot be made: {s.out} ({e.strerror}); choose another --out") from None
     if not (0 <= s.temperature <= 1 and 0 <= s.threads <= 1024 and 0 <= s.seed < 2**63 and s.every >= 0 and s.warmup >= 0): raise ValueError(f"a temperature lies between 0 and 1, threads between 0 and 1024, a seed between 0 and 2**63, `every` and `warmup` are at least 0 (got temperature={s.temperature}, threads={s.threads}, seed={s.seed}, every={s.every}, warmup={s.warmup})")
-    known = {*LEVELS, 16}
+    _planned(s); known = {*LEVELS, 16}
     if s.group < 0 or not {*s.widths, s.embed_bits} <= known: raise ValueError(f"widths and embed_bits are {', '.join(f'{b:g}' for b in sorted(known))}, and a group is at least 0 (got widths={s.widths}, embed_bits={s.embed_bits}, group={s.group})")
     if s.batch < 1 or s.length < 1 or s.windows < 1 or s.steps < 0: raise ValueError(f"a job needs a batch, a length and windows of at least 1, and no fewer than 0 steps (got batch={s.batch}, length={s.length}, windows={s.windows}, steps={s.steps})")
     if not 0 < s.seconds < math.inf: raise ValueError(f"the training time is a positive number of seconds (got seconds={s.seconds})")
@@ -124,7 +144,7 @@ def _steps(s, text, run):
         part.replace(note)
         return json.loads(note.read_text())
 
-# %% ../../../nbs/frontier/job.ipynb #697a3939
+# %% ../../../nbs/frontier/job.ipynb #5a5630bd
 def train(
     s:Settings, # all settings
     text:Text, # from `prepare`
@@ -133,7 +153,7 @@ def train(
     from paretolab.engine.fit import fit
     from paretolab.engine.schedules import wsd
     if s.threads: torch.set_num_threads(s.threads)
-    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start", "mixture", *(["mixer"] if s.mixer == Settings.mixer else []))}
+    shaping = {k: v for k,v in asdict(s).items() if k not in ("widths", "group", "quantizer", "embed_bits", "windows", "out", "every", "start", "mixture", "plan", *(["mixer"] if s.mixer == Settings.mixer else []))}
     identity = {d: json.loads(t.path.with_suffix(".json").read_text())["identity"] for d,t in text.tokens.items()}
     model, stream, optimizer = _make(s, text)
     if s.mixture: identity["weights"] = text.weights
@@ -163,36 +183,45 @@ def load(
     if not (folder/"lowbit.safetensors").exists(): return hf.load(folder)
     return plan.restore(mobilellm.MobileLLM(hf.shape(folder)), lowbit.load(folder/"lowbit.safetensors")[0])
 
-# %% ../../../nbs/frontier/job.ipynb #a50a0c31
-def _ship(model, folder, bits, group, embed_bits, s, text):
-    "Write the model at a width; the bytes of its weights on disk."
+# %% ../../../nbs/frontier/job.ipynb #bba3f325
+def _ship(model, folder, p, s, text):
+    "Write the model by a plan, or in 16 bits without one; the bytes of its weights on disk."
     from paretolab.engine.evaluate import windows
     from paretolab.models import hf
     from paretolab.quantizers import lowbit, plan
     shutil.rmtree(folder, ignore_errors=True)
     hf.save(model, folder, text.tokenizer)
-    if bits == 16: return (folder/"model.safetensors").stat().st_size
-    p = plan.uniform(model, bits, group, s.quantizer, embed_bits)
-    calibrated = getattr(import_module(plan.resolve(s.quantizer).__module__), "compress", None)    # a quantizer that needs text brings its own
-    state = calibrated(model, p, torch.cat(list(windows(text.tokens, s.length, 2).values()))[:,:-1])[0] if calibrated else plan.compress(model, p)
+    if p is None: return (folder/"model.safetensors").stat().st_size
+    own = {f for e in p.values() if (f := getattr(import_module(plan.resolve(e[2]).__module__), "compress", None))}    # a quantizer that needs text brings its own
+    if len(own) > 1: raise ValueError(f"a plan has one quantizer that needs text (got {', '.join(sorted({e[2] for e in p.values()}))})")
+    state = own.pop()(model, p, torch.cat(list(windows(text.tokens, s.length, 2).values()))[:,:-1])[0] if own else plan.compress(model, p)
     lowbit.save(folder/"lowbit.safetensors", state, {"plan": json.dumps(p)})
     (folder/"model.safetensors").unlink()
     return (folder/"lowbit.safetensors").stat().st_size
 
+# %% ../../../nbs/frontier/job.ipynb #094da466
+def _columns(p, model):
+    "What a plan is in a row of the table: the mean width of the linear layers, and what all its entries share."
+    from paretolab.quantizers.plan import uniform
+    if p is None: return dict(bits=16.)
+    width = lambda n: (lambda b: sum(b)/len(b) if isinstance(b, (tuple, list)) else float(b))(p[n][0] if n in p else 16)
+    sizes, groups = {n: model.get_submodule(n).weight.numel() for n in uniform(model, 4) if n != "embed"}, {e[1] for e in p.values()}
+    return dict(bits=round(sum(width(n)*k for n,k in sizes.items())/sum(sizes.values()), 3), embed_bits=width("embed"), group=groups.pop() if len(groups) == 1 else None, quantizer=", ".join(sorted({e[2] for e in p.values()})))
+
 # %% ../../../nbs/frontier/job.ipynb #a1467ef8
 def _runner(folder, small, bits):
-    "The model whose speed is the point's, and its engine: what has a part that no product reads from codes runs from floats."
+    "The model whose speed is the point's."
     from paretolab.models import decode
-    if bits == 16: return small, "torch"
-    try: return decode.load(folder), "packed"
-    except ValueError: return small, "torch"
+    if bits == 16: return small
+    try: return decode.load(folder)
+    except ValueError: return small
 
-# %% ../../../nbs/frontier/job.ipynb #5e5db657
+# %% ../../../nbs/frontier/job.ipynb #1e597ae1
 def measure(
     name:str, # of the point and its folder
     model, # trained, with 32-bit weights
     record:dict, # what its training took
-    bits:float, # of the linear layers; 16: not quantized
+    bits:float|dict, # of the linear layers, 16: not quantized; or a plan
     s:Settings, # all settings
     text:Text, # what it is judged on
     group:int|None=None, # weights that share a scale; None: as in the settings
@@ -201,20 +230,21 @@ def measure(
     "Compress, write, read back, and measure one model."
     from paretolab.engine.evaluate import bits_per_byte, macro
     from paretolab.models.generate import decode_speed
+    from paretolab.quantizers.plan import uniform
     try:
-        folder, group, embed_bits = Path(s.out)/"models"/name, s.group if group is None else group, embed_bits or s.embed_bits
-        how = {} if bits == 16 else dict(group=group, embed_bits=float(embed_bits), quantizer=s.quantizer)
-        size = _ship(model, folder, bits, group, embed_bits, s, text)
+        folder = Path(s.out)/"models"/name
+        p = bits if isinstance(bits, dict) else None if bits == 16 else uniform(model, bits, s.group if group is None else group, s.quantizer, embed_bits or s.embed_bits)
+        size = _ship(model, folder, p, s, text)
         small = load(folder)
-        bpb, threads, (fastest, engine) = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads(), _runner(folder, small, bits)
+        bpb, threads = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads()
         torch.set_num_threads(1)
-        try: speed = decode_speed(fastest)
+        try: speed = decode_speed(_runner(folder, small, bits))
         finally: torch.set_num_threads(threads)
-        return Point(name=name, parameters=small.shape.parameters, bits=float(bits), **how, model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
-            decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, decode_engine=engine, **record)
-    except (ValueError, RuntimeError, OSError, MemoryError) as e: return Point(name=name, bits=float(bits), failed=str(e) or type(e).__name__, **record)
+        return Point(name=name, parameters=small.shape.parameters, **_columns(p, model), model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
+            decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, **record)
+    except (ValueError, RuntimeError, OSError, MemoryError) as e: return Point(name=name, bits=None if isinstance(bits, dict) else float(bits), failed=str(e) or type(e).__name__, **record)
 
-# %% ../../../nbs/frontier/job.ipynb #85185e93
+# %% ../../../nbs/frontier/job.ipynb #0ebf7bb6
 def frontier(
     s:Settings, # all settings
     globs:dict|None=None, # domain -> glob of the user's files; None: the corpus of the package
@@ -234,10 +264,12 @@ def frontier(
     pretrained = (hf.load(hf.shipped()), json.loads((hf.shipped()/"training.json").read_text()))
     jobs = [(f"{who}-{b:g}bit", m, r, b, {}) for who,(m,r) in (("mine", (model, record)), ("shipped", pretrained)) for b in s.widths]
     if full: jobs += [(f"{who}-{b:g}bit-g{g}-e{e}", m, r, b, dict(group=g, embed_bits=e)) for who,m,r,b,_ in [(n.split("-")[0], *rest) for n,*rest in jobs] if b != 16 for g in (32, 0) for e in (8, 4)]
+    p, fits = _planned(s)
+    jobs += [(f"{who}-plan", *dict(mine=(model, record), shipped=pretrained)[who], p, {}) for who in fits]
     found = []
     for name,m,r,b,more in (bar := tqdm(jobs, desc="points", unit="point", disable=None)):
         if bar.disable: say(f"compressing and measuring {name}, {len(found) + 1} of {len(jobs)}")
-        found.append(measure(name, m, r, b, s, text, **more) if m else Point(name=name, bits=float(b), **r))
+        found.append(measure(name, m, r, b, s, text, **more) if m else Point(name=name, bits=None if isinstance(b, dict) else float(b), **r))
     table.write(found, out/"points.parquet")
     report.write(found, lines, out/"index.html", note=f"{len(text.windows)} domains, {sum(len(w) for w in text.windows.values())} held-out windows of {s.length} tokens; text: {'corpus tiny' if not globs else ', '.join(globs)}.")
     report.picture(found, lines, out/"frontier.svg")

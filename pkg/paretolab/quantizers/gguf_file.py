@@ -80,7 +80,7 @@ def _places(b, n):
         out[name] = kind, shape, offset, int(np.prod(shape, dtype=object))//block*size
     return out
 
-# %% ../../../nbs/quantizers/gguf_file.ipynb #d9efb0ac
+# %% ../../../nbs/quantizers/gguf_file.ipynb #0df94c67
 def read(
     path:str|Path, # a GGUF file, version 2 or 3, little-endian
 )->tuple[dict,dict[str,LowBit|Tensor]]: # metadata and tensors, by name
@@ -97,7 +97,8 @@ def read(
             meta[key] = _value(b, b.number("I", f"the type of {key!r:.80}"), repr(key)[:80])
         places, step = _places(b, n), meta.get("general.alignment", 32)
         if type(step) is not int or not 8 <= step <= 2**16 or step & (step - 1): raise ValueError(f"general.alignment is a power of two from 8 to 65536 (got {step!r:.80})")
-        start = -(-b.at//step)*step
+        start, all_of_them = -(-b.at//step)*step, sum(size for *_, size in places.values())
+        if start + all_of_them > len(data): raise ValueError(f"the tensors take {all_of_them} bytes together, and {max(len(data) - start, 0)} are left: the file ends at {len(data)}")
         for name, (kind, shape, offset, size) in places.items():
             if offset % step or start + offset + size > len(data): raise ValueError(f"{name!r:.80} lies at byte {start + offset} and takes {size}; offsets are multiples of {step}, and the file ends at {len(data)}")
             try: tensors[name] = _tensor(kind, shape, np.asarray(data[start + offset:start + offset + size]))

@@ -5,16 +5,26 @@
 # %% auto #0
 __all__ = ['factor', 'solve', 'quantize', 'clipped', 'compress']
 
-# %% ../../../nbs/quantizers/gptq.ipynb #4868055b
+# %% ../../../nbs/quantizers/gptq.ipynb #f27758c0
 import copy, hashlib, json, torch
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from torch import nn, Tensor
 from . import grids, lowbit
 from .lowbit import LowBit
 
-# %% ../../../nbs/quantizers/gptq.ipynb #70a53bf2
+# %% ../../../nbs/quantizers/gptq.ipynb #978f12d6
+def _inverse(T):
+    "The inverse of an upper triangle; a large one by halves, since products are faster than substitution."
+    from paretolab.models.linear import linear
+    n = len(T)
+    if n <= 256: return torch.linalg.solve_triangular(T, torch.eye(n, dtype=T.dtype), upper=True)
+    A, D, h = _inverse(T[:n//2, :n//2]), _inverse(T[n//2:, n//2:]), n//2
+    return torch.cat([torch.cat([A, -linear(linear(A, T[:h, h:].T), D.T)], 1), torch.cat([T.new_zeros(n - h, h), D], 1)])
+
+# %% ../../../nbs/quantizers/gptq.ipynb #70c5e3ef
 def factor(
     H:Tensor, # mean outer product of the inputs, (C, C)
     order:bool=True, # columns with large inputs first (the authors' act-order)
@@ -26,7 +36,7 @@ def factor(
     H, I, mean, λ = H[perm][:, perm], torch.eye(len(H), dtype=H.dtype), H.diagonal().mean() or 1., damping
     while λ < 100:
         T, failed = torch.linalg.cholesky_ex((H + λ*mean*I).flip(0, 1))
-        U = torch.linalg.solve_triangular(T := T.flip(0, 1), I, upper=True)
+        U = _inverse(T := T.flip(0, 1))
         if not failed and U.isfinite().all(): return perm, T, U, λ
         λ *= 10
     raise ValueError(f"H has no Cholesky factor, not even with {λ/10:g} times its mean diagonal added; it has to be symmetric and positive (smallest diagonal entry {H.diagonal().min():.3g})")
@@ -65,7 +75,7 @@ def _columns(W, U, level, grid, B):
 # %% ../../../nbs/quantizers/gptq.ipynb #4bcf5b36
 def _start(bits): return {1: grids.sign, 1.58: grids.ternary, 2: grids.stretched}.get(bits, grids.symmetric)
 
-# %% ../../../nbs/quantizers/gptq.ipynb #33e36a66
+# %% ../../../nbs/quantizers/gptq.ipynb #16e48c93
 def solve(
     w:Tensor, # weights, (R, C)
     bits:float, # any width `start` has
@@ -75,6 +85,7 @@ def solve(
     static:bool=True, # levels from the original weights and groups of the matrix, so that no order is stored
 )->tuple[LowBit,dict]: # and a report: damping, error (in H, per row, mean), error of the nearest levels, rows that kept those
     "Choose codes by GPTQ on the levels of `start`."
+    from paretolab.models.linear import linear
     (perm, T, U, λ), start = factors, start or _start(bits)
     w, g, ordered = w.detach().float(), group or max(w.shape[1], 1), bool((perm.diff() < 0).any())
     q = start(w if static else w[:, perm], bits, group)
@@ -89,10 +100,10 @@ def solve(
             scales[:, k], Δ[k] = fresh.scales[:, 0], s*fresh.scales[:, 0].float().clamp_min(2**-24)
             m[k] = a/s*Δ[k]
             if zeros is not None: zeros[:, k] = fresh.zeros[:, 0]; m[k] += zeros[:, k]
-        return Δ[of[j]], m[of[j]]
-    W0 = W.T.clone()
+        return views[of[j]]
+    W0, views = W.T.clone(), [*zip(Δ, m)]
     codes, loss = _columns(W, U, level, q.grid[0], 64 if static else g)
-    nearest = ((W0 - (q.dequantize()[:, perm] if static else q.dequantize())) @ T).square().sum(1)
+    nearest = linear(W0 - (q.dequantize()[:, perm] if static else q.dequantize()), T.T).square().sum(1)
     keep = nearest < loss
     codes, old = codes.T.to(torch.uint8)[:, perm.argsort() if static else slice(None)], keep[:, None]
     if not static: scales, zeros = torch.where(old, q.scales, scales), None if zeros is None else torch.where(old, q.zeros, zeros)
@@ -130,7 +141,7 @@ def clipped(
         codes = torch.where(better[..., None], (c + n).to(torch.uint8), codes)
     return LowBit.pack(codes.view(w.shape), Δ, q.grid[0], bits, group)
 
-# %% ../../../nbs/quantizers/gptq.ipynb #1060718c
+# %% ../../../nbs/quantizers/gptq.ipynb #2b7319b8
 class _Reached(Exception): "The layer that is watched has been called often enough."
 
 def _inputs(run, layer, calls):
@@ -148,12 +159,12 @@ def _inputs(run, layer, calls):
 def _mean_outer(xs):
     "XXᵀ/N of inputs (..., C)."
     from paretolab.models.linear import linear
-    H, N, h = 0, 0, xs[0].shape[-1]//2
+    C, N, B = xs[0].shape[-1], 0, 384
+    H = xs[0].new_zeros(C, C)
     for x in xs:
-        X = x.reshape(-1, x.shape[-1]).T.contiguous()
-        low = linear(X[h:], X)                                                     # three quarters of a symmetric product
-        H, N = H + torch.cat([torch.cat([linear(X[:h], X[:h]), low[:, :h].T], 1), low]), N + X.shape[1]
-    return H/N
+        X, N = x.reshape(-1, C).T.contiguous(), N + x.numel()//C
+        for i in range(0, C, B): H[i:i+B, :i+B] += linear(X[i:i+B], X[:i+B])       # the lower triangle, in steps
+    return (H.tril() + H.tril(-1).T)/N
 
 # %% ../../../nbs/quantizers/gptq.ipynb #9a28aad8
 def _block(block, run, chunks, calls, wanted, solver, factor):
@@ -194,7 +205,7 @@ def _finished(path, key, wanted):
     reports = json.loads(meta["reports"])
     return {n: (tensors[n], reports[n]) for n in wanted}
 
-# %% ../../../nbs/quantizers/gptq.ipynb #70e78e0b
+# %% ../../../nbs/quantizers/gptq.ipynb #4bdf8913
 def _parts(model, T):
     "The blocks, and the head if it has weights of its own: prefix of its names, a copy, a function to run it, and how often it is called."
     cos, sin = model.cos[:T], model.sin[:T]
@@ -208,7 +219,13 @@ def _parts(model, T):
 
 def _value(t): return t.dequantize() if isinstance(t, LowBit) else t.float()
 
-# %% ../../../nbs/quantizers/gptq.ipynb #f8ebd39d
+def _looked_up(t, tokens):
+    "Rows of an embedding, of which only those are unpacked."
+    if not isinstance(t, LowBit): return t.float()[tokens]
+    i, at = tokens.unique(return_inverse=True)
+    return replace(t, packed=tuple(p[i] for p in t.packed), scales=t.scales[i], zeros=None if t.zeros is None else t.zeros[i], shape=(len(i), t.shape[1])).dequantize()[at]
+
+# %% ../../../nbs/quantizers/gptq.ipynb #128a54df
 @torch.no_grad()
 def compress(
     model:nn.Module, # a `MobileLLM`; not changed
@@ -225,7 +242,7 @@ def compress(
     plans.model_bytes(plan, {n: p.shape for n, p in model.named_parameters()})            # refuses what cannot be carried out
     chosen = {n: e for n, e in plan.items() if e[2] == "gptq.quantize" and e[0] != 16 and n != "embed"}
     state, reports, key = plans.compress(model, {n: e for n, e in plan.items() if n not in chosen}), {}, run and _key(model, plan, tokens)
-    xs = _value(state["embed.weight"])[tokens].split(batch)
+    xs = _looked_up(state["embed.weight"], tokens).split(batch)
     for prefix, part, through, calls in _parts(model, tokens.shape[1]):
         inside = {f"{prefix}{n}" for n, _ in part.named_modules()}
         wanted = {n.removeprefix(prefix): e for n, e in chosen.items() if n in inside}

@@ -24,10 +24,11 @@ def resolve(
     if not callable(f) or list(signature(f).parameters)[:3] != ["w", "bits", "group"]: raise ValueError(f"a quantizer is a function of (w, bits, group), as absmax.quantize is (got {name!r})")
     return f
 
-# %% ../../../nbs/quantizers/plan.ipynb #7ede00be
+# %% ../../../nbs/quantizers/plan.ipynb #52b22440
 def _price(shape, bits, group, quantizer):
     if any(type(b) not in (int, float) or b not in (*LEVELS, 16) for b in (bits if isinstance(bits, tuple) else (bits,))):
         raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} or 16 bits (got {bits!r})")
+    if type(group) is not int or group < 0: raise ValueError(f"a group is a whole number of columns, or 0 for the whole row (got {group!r})")
     f = resolve(quantizer)
     if bits == 16: return 2 * prod(shape)
     one, two = (f(torch.zeros(r, shape[1]), bits, group) for r in (1, 2))
