@@ -12,8 +12,8 @@ from paretolab.quantizers import activations, paretoq, plan as plans
 from paretolab.quantizers.guard_recipe import Answers, cut_head, drop, importance, narrow
 from shipped import Journal, RESULTS, Text
 
-T, B, LAYERS, FF, TEACHER, STUDENT, RATE = 16, 16, 7, 384, 150, 150, 1e-3
-text, trial, tok = Text(8), Journal("guard"), tokens.tokenizer()
+T, B, LAYERS, FF, TEACHER, STUDENT, RATE = 16, 16, 7, 384, 120, 120, 1e-3
+text, trial, tok = Text(4), Journal("guard"), tokens.tokenizer()
 domains = sorted(text.train)
 one = lambda s: tok.encode(s).ids[-1]
 ask, verdicts, names = one("?"), (one("A"), one("B")), [one(c) for c in "0123456789"]
