@@ -11,7 +11,7 @@ from paretolab.quantizers import absmax, gptq, paretoq, plan as plans, spinquant
 from paretolab.quantizers.hadamard import Hadamard, random_signs
 from shipped import Journal, RESULTS
 
-SIZES, WIDTHS, RATES, SEEDS, FIRST, LAST, ROTATE = dict(small=(96, 3), large=(160, 4)), (1, 1.58, 2, 3, 4, 8), (3e-4, 1e-3, 3e-3), (0, 1, 2), 540, 60, 10
+SIZES, WIDTHS, RATES, SEEDS, FIRST, LAST, ROTATE = dict(small=(96, 3), large=(160, 4)), (1, 1.58, 2, 3, 4), (5e-4, 2e-3), (0, 1, 2), 405, 45, 8
 train, valid, β = small.files()
 trial, held = Journal("bits"), windows(valid, small.L, 24)
 quality = lambda model: {k: round(macro(bits_per_byte(model, {d: w[i::2] for d, w in held.items()}, β)), 5) for i, k in enumerate(("chosen_on", "bpb"))}
@@ -94,9 +94,12 @@ def study(name, seed):
         for lr in RATES: trial(f"{name} {seed} ParetoQ {b} {lr}", lambda: trained(name, seed, b, lr)[0])
 
 
-if __name__ == "__main__":
-    for seed in SEEDS:
-        for name in sys.argv[1:] or SIZES: study(name, seed)
+def write():
     keys = [k.split() for k in trial.done]
     rows = [dict(size=k[0], seed=int(k[1]), method=k[2], bits=float(k[3]), **(dict(lr=float(k[4])) if len(k) > 4 else {}), **trial.done[" ".join(k)]) for k in keys]
     (RESULTS/"bits.json").write_text(json.dumps(dict(sizes={n: small.model(0, *s).shape.parameters for n, s in SIZES.items()}, steps=[FIRST, LAST], tokens=small.B*small.L, rates=RATES, rows=rows)) + "\n")
+
+
+if __name__ == "__main__":
+    for seed in SEEDS:
+        for name in sys.argv[1:] or SIZES: study(name, seed); write()

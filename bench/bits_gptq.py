@@ -9,7 +9,7 @@ from shipped import Journal, RESULTS, Text
 
 text, trial, model, spare = Text(2), Journal("bits_gptq"), hf.load(hf.shipped()), hf.load(hf.shipped())
 calibration = [torch.stack([w[k] for w in windows(text.train, 256, 3).values()])[:, :256] for k in range(3)]
-GRIDS = {8: "grids.symmetric", 4: "grids.symmetric", 3: "grids.symmetric", 2: "grids.stretched", 1.58: "grids.ternary", 1: "grids.sign"}
+GRIDS = {4: "grids.symmetric", 3: "grids.symmetric", 2: "grids.stretched", 1.58: "grids.ternary"}
 VARIANTS = {"levels as the group begins": dict(solver=partial(gptq.solve, static=False)), "columns in their order": dict(factor=partial(gptq.factor, order=False)), "scales clipped": dict(solver=partial(gptq.solve, start=gptq.clipped))}
 plan = lambda b, q: {n: (8, 64, "absmax.quantize") if n == "embed" else (b, 64, q) for n in plans.uniform(model, 4, 64)}
 quality = lambda state: text.quality(plans.restore(spare, state))
@@ -22,5 +22,5 @@ def calibrated(b, k, **how):
 full = trial("16 bits", lambda: text.quality(model))
 nearest = {b: trial(f"nearest {b}", lambda: quality(plans.compress(model, plan(b, q)))) for b, q in GRIDS.items()}
 ours = {b: [trial(f"GPTQ {b} {k}", lambda: calibrated(b, k)) for k in range(3)] for b in GRIDS}
-variants = {n: [trial(f"{n} {k}", lambda: calibrated(3, k, **how)) for k in range(3)] for n, how in VARIANTS.items()}
+variants = {n: [trial(f"{n} {k}", lambda: calibrated(3, k, **how)) for k in range(2)] for n, how in VARIANTS.items()}
 (RESULTS/"bits_gptq.json").write_text(json.dumps(dict(full=full, tokens=calibration[0].numel(), held=sum(w[:, 1:].numel() for w in text.held.values()), nearest=nearest, gptq=ours, variants=variants), indent=1) + "\n")

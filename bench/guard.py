@@ -82,8 +82,11 @@ def study(seed):
     trial(f"{seed} random blocks", lambda: quantized(cut_head(narrow(drop(teacher, other), few, FF), ENTRIES), seed, teacher))
 
 
-if __name__ == "__main__":
-    for seed in map(int, sys.argv[1:] or "012"): study(seed)
+def write():
     rows = [dict(seed=int(k.split()[0]), step=k.split(" ", 1)[1], **{n: x for n, x in v.items() if n != "nearest"}) for k, v in trial.done.items() if isinstance(v, dict)]
     lists = {k: v for k, v in trial.done.items() if isinstance(v, list)}
     (RESULTS/"guard.json").write_text(json.dumps(dict(layers=LAYERS, ff=FF, steps=[TEACHER, STUDENT], batch=[B, T], held=sum(map(len, held.values())), entries=len(ENTRIES), rows=rows, blocks=lists), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    for seed in map(int, sys.argv[1:] or "012"): study(seed); write()
