@@ -12,8 +12,8 @@ from paretolab.quantizers import activations, paretoq, plan as plans
 from paretolab.quantizers.guard_recipe import Answers, cut_head, drop, importance, narrow
 from shipped import Journal, RESULTS, Text
 
-T, B, LAYERS, FF, TEACHER, STUDENT, RATE = 16, 16, 7, 384, 120, 120, 1e-3
-text, trial, tok = Text(4), Journal("guard"), tokens.tokenizer()
+T, B, LAYERS, FF, TEACHER, STUDENT, RATE = 16, 16, 7, 384, 60, 60, 1e-3
+text, trial, tok = Text(3), Journal("guard"), tokens.tokenizer()
 domains = sorted(text.train)
 one = lambda s: tok.encode(s).ids[-1]
 ask, verdicts, names = one("?"), (one("A"), one("B")), [one(c) for c in "0123456789"]
@@ -21,7 +21,7 @@ technical = ("code", "formalmath", "mathqa", "techdocs")
 answers = torch.tensor([[verdicts[d in technical], names[i]] for i, d in enumerate(domains)])
 ENTRIES = [*verdicts, *names]
 assert len(set(ENTRIES)) == 12
-held = {d: text.held[d][:, :256].reshape(-1, T) for d in domains}
+held = {d: text.held[d][:, :256].reshape(-1, T)[::2] for d in domains}
 few = torch.cat([text.calibration[:, :T], torch.full((10, 1), ask)], 1)
 size = lambda model, plan: plans.model_bytes(plan, {n: tuple(p.shape) for n, p in model.named_parameters()})
 hook = Answers(ask, answers, ENTRIES)

@@ -7,7 +7,7 @@ from paretolab.engine.evaluate import bits_per_byte, macro, windows
 from paretolab.quantizers import paretoq
 from shipped import Journal, RESULTS
 
-SIZES, STEPS, GROUPS, WIDTHS = ((32, 2), (48, 2), (64, 2), (80, 3)), (80, 160, 320), (4, 8, 16), (4, 2)
+SIZES, STEPS, GROUPS, WIDTHS = ((32, 2), (48, 2), (64, 2), (80, 2)), (60, 120, 240), (4, 8, 16), (4, 2)
 train, valid, β = small.files()
 trial, held = Journal("scaling"), windows(valid, small.L, 24)
 
