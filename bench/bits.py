@@ -1,4 +1,4 @@
-"""Bits against bits per byte: small models trained for nine tenths of a budget at 16 bits, the last tenth through the rounding or not; nearest levels, GPTQ, learned rotations and GPTQ. Three seeds, two sizes. Writes results/bits.json; its journal lets a run that was stopped go on. Arguments: sizes."""
+"""Bits against bits per byte: small models trained for nine tenths of a budget at 16 bits, the last tenth through the rounding or not; nearest levels, GPTQ, learned rotations and GPTQ. Three seeds, two sizes. Writes results/bits.json; its journal lets a run that was stopped go on. Arguments: a size, and seeds."""
 import copy, json, sys, tempfile
 import small, torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +11,7 @@ from paretolab.quantizers import absmax, gptq, paretoq, plan as plans, spinquant
 from paretolab.quantizers.hadamard import Hadamard, random_signs
 from shipped import Journal, RESULTS
 
-SIZES, WIDTHS, RATES, SEEDS, FIRST, LAST, ROTATE = dict(small=(96, 3), large=(160, 4)), (1, 1.58, 2, 3, 4), (5e-4, 2e-3), (0, 1, 2), 405, 45, 8
+SIZES, WIDTHS, RATES, SEEDS, FIRST, LAST, ROTATE = dict(small=(64, 2), large=(160, 4)), (1, 1.58, 2, 3, 4), (5e-4, 2e-3), (0, 1, 2), 270, 30, 8
 train, valid, β = small.files()
 trial, held = Journal("bits"), windows(valid, small.L, 24)
 quality = lambda model: {k: round(macro(bits_per_byte(model, {d: w[i::2] for d, w in held.items()}, β)), 5) for i, k in enumerate(("chosen_on", "bpb"))}
@@ -101,5 +101,5 @@ def write():
 
 
 if __name__ == "__main__":
-    for seed in SEEDS:
-        for name in sys.argv[1:] or SIZES: study(name, seed); write()
+    for name in sys.argv[1:2] or SIZES:
+        for seed in map(int, sys.argv[2:] or SEEDS): study(name, seed); write()

@@ -1,4 +1,4 @@
-"""What GPTQ wins back on the shipped checkpoint at each width, with three calibration texts of 2560 tokens, and its variants at 3 bits. Writes results/bits_gptq.json; its journal lets a run that was stopped go on."""
+"""What GPTQ wins back on the shipped checkpoint at each width, with three calibration texts of 2560 tokens, and at 3 bits with levels taken as each group begins (two texts). Writes results/bits_gptq.json; its journal lets a run that was stopped go on."""
 import json
 from functools import partial
 import torch
@@ -10,7 +10,7 @@ from shipped import Journal, RESULTS, Text
 text, trial, model, spare = Text(2), Journal("bits_gptq"), hf.load(hf.shipped()), hf.load(hf.shipped())
 calibration = [torch.stack([w[k] for w in windows(text.train, 256, 3).values()])[:, :256] for k in range(3)]
 GRIDS = {4: "grids.symmetric", 3: "grids.symmetric", 2: "grids.stretched", 1.58: "grids.ternary"}
-VARIANTS = {"levels as the group begins": dict(solver=partial(gptq.solve, static=False)), "columns in their order": dict(factor=partial(gptq.factor, order=False)), "scales clipped": dict(solver=partial(gptq.solve, start=gptq.clipped))}
+VARIANTS = {"levels as the group begins": dict(solver=partial(gptq.solve, static=False))}
 plan = lambda b, q: {n: (8, 64, "absmax.quantize") if n == "embed" else (b, 64, q) for n in plans.uniform(model, 4, 64)}
 quality = lambda state: text.quality(plans.restore(spare, state))
 
