@@ -6,7 +6,6 @@ from paretolab.data.stream import MixedStream
 from paretolab.engine.evaluate import bits_per_byte, macro, windows
 from paretolab.engine.fit import fit
 from paretolab.engine.schedules import cosine
-from paretolab.models.mobilellm import MobileLLM
 from paretolab.quantizers import absmax, gptq, paretoq, plan as plans, spinquant
 from paretolab.quantizers.hadamard import Hadamard, random_signs
 from shipped import Journal, RESULTS

@@ -1,6 +1,6 @@
 """Error of training through the rounding, from the start, against size, tokens and group: four sizes, three lengths, three groups, at 4 and 2 bits, each beside the same run at 16 bits. Writes results/scaling.json; its journal lets a run that was stopped go on. Arguments: seeds."""
 import json, sys
-import small, torch
+import small
 from torch import nn
 from torch.nn.utils import parametrize
 from paretolab.engine.evaluate import bits_per_byte, macro, windows
