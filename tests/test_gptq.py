@@ -16,14 +16,15 @@ def layer(seed, R=24, C=32, N=256):
 
 @pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4])
 def test_never_worse_than_nearest_on_a_hundred_layers(bits):
-    "Twenty layers at each of five widths."
+    "Twenty layers at each of five widths; the layer, and each of its rows. The choice is made with 1 % damping, the errors here are without."
     ratios = []
     for seed in range(20):
         w, X, H = layer(seed)
         near, ours = gptq.quantize(w, bits, 8), gptq.quantize(w, bits, 8, H)
-        e, E = (((w - q.dequantize()) @ X).square().sum() for q in (near, ours))
-        ratios.append((E/e).item())
-    assert max(ratios) <= 1.02 and sorted(ratios)[10] < .8          # errors are compared with 1 % damping, here without
+        e, E = (((w - q.dequantize()) @ X).square().sum(1) for q in (near, ours))
+        assert (E <= e*(1 + 1e-5)).all()                            # sums of 256 squares in 32 bits
+        ratios.append((E.sum()/e.sum()).item())
+    assert max(ratios) < .9 and sorted(ratios)[10] < .8
 
 
 @pytest.mark.parametrize("start", [grids.symmetric, grids.asymmetric, grids.bipolar, gptq.clipped])

@@ -57,6 +57,20 @@ def test_what_is_trained_is_what_is_stored(bits, dtype, tmp_path):
         assert torch.equal(lowbit.load(tmp_path/"m")[0]["w"].dequantize(dtype), fake(w, α, bits))
 
 
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4, 6, 8])
+def test_odd_inputs(bits):
+    "All zero, constant, one row, not contiguous, 16-bit floats, half-way ties, and numbers that are none."
+    top = {1: 1., 1.58: 2/3, 2: .75}.get(bits, 1.)
+    assert quantize(torch.zeros(2, 6), bits).dequantize().abs().max() < 1.01e-5 and quantize(torch.full((1, 5), -2.), bits).dequantize().allclose(torch.tensor(-2*top), rtol=1e-3)
+    w = torch.randn(12, 10)[::2, ::2]
+    for t in (w, w.T, w[:1], w.bfloat16()): assert torch.equal(quantize(t, bits).dequantize(t.dtype), fake(t, scale(t, bits), bits)) and torch.equal(quantize(t, bits).codes(), quantize(t.contiguous(), bits).codes())
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match="1 of 30 weights are NaN or infinite"): quantize(w.contiguous().view(-1).index_fill(0, torch.tensor(7), bad).view(6, 5), bits)
+    if bits >= 3:
+        ties = torch.tensor([[.5, 1.5, -.5, -1.5, 2.**(bits - 1)]])                        # to the even neighbour
+        assert fake(ties, torch.ones(1, 1, 1), bits).tolist() == [[0., 2., -0., -2., 2.**(bits - 1) - 1]]
+
+
 class Stream:
     "Two sequences a step, the same for the same step."
     domains, weights, length = ["a"], {"a": 1.}, 15

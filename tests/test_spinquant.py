@@ -28,6 +28,16 @@ def test_every_mobilellm_width(name):
     for n in (s.dim, s.ff, s.head_dim): assert torch.tensor(orders(n)).prod() == n
 
 
+LLAMA = {"1B": (2048, 5632), "3.2-1B": (2048, 8192), "3.2-3B": (3072, 8192), "7B": (4096, 11008), "8B": (4096, 14336), "13B": (5120, 13824), "65B": (8192, 22016), "70B": (8192, 28672), "405B": (16384, 53248)}
+
+@pytest.mark.parametrize("n", sorted({n for widths in LLAMA.values() for n in widths} | {64, 128}))
+def test_every_llama_width(n):
+    "The product has the order, and its rows are orthonormal and flat (a few of them, the whole matrix would be large)."
+    H, at = Hadamard(n), torch.tensor([0, 1, n//2, n - 1])
+    rows = H(torch.eye(n, dtype=torch.float64)[at] if n <= 4096 else torch.zeros(4, n, dtype=torch.float64).index_put((torch.arange(4), at), torch.ones(4, dtype=torch.float64)))
+    assert H.block == n and torch.allclose(rows @ rows.T, torch.eye(4, dtype=torch.float64), atol=1e-9) and torch.allclose(rows.abs(), torch.full_like(rows, n**-.5), rtol=1e-9)
+
+
 @pytest.mark.parametrize("n", [1, 2, 12, 24, 40, 144])
 def test_the_fast_form_is_the_matrix(n):
     R, x = Hadamard(n, random_signs(n, 3)), torch.randn(5, n)

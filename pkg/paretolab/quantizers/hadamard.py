@@ -26,13 +26,13 @@ def paley(
     if not second: return S + torch.eye(n)
     return torch.kron(S, torch.tensor([[1., 1], [1, -1]])) + torch.kron(torch.eye(q + 1), torch.tensor([[1., -1], [-1, -1]]))
 
-# %% ../../../nbs/quantizers/hadamard.ipynb #e637a82c
+# %% ../../../nbs/quantizers/hadamard.ipynb #a998bafa
 @cache
 def orders(
     n:int, # order wanted
 )->tuple[int,...]: # orders whose product is n: powers of two last; () if there are none
-    "Orders of Paley and Sylvester matrices whose Kronecker product has order `n`."
-    if n & (n - 1) == 0: return (n,)
+    "Orders, those of Sylvester up to 128, whose Kronecker product has order `n`."
+    if n & (n - 1) == 0: return (n,) if n <= 128 else (128, *orders(n//128))              # Sylvester: any split is the same matrix
     for m in sorted(m for m in range(4, n + 1, 4) if n % m == 0 and (m & (m - 1))):
         if paley(m) is not None and (n == m or (rest := orders(n//m))): return (m,) if n == m else (m, *rest)
     return ()
