@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist
+from tqdm import tqdm
 import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor    # once, before the forks
 from torch.nn.parallel import DistributedDataParallel as DDP
 from paretolab.data.stream import MixedStream
@@ -16,7 +17,7 @@ from paretolab.optimizers import apollo, galore, lion, low_bit_states
 from paretolab.optimizers.state_codes import Tree
 
 torch.set_num_threads(1); warnings.simplefilter("ignore"); os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-STEPS, EVERY = 12, 3
+STEPS, EVERY = 8, 2
 
 class Text:
     def __init__(self, t): self.t = t
@@ -81,14 +82,15 @@ def launch(world, f, timeout=60, limit=120, alone=False):
                 (tmp/f"out{rank}").write_text(json.dumps(dict(error=f"{type(e).__name__}: {e}", after=round(time.perf_counter() - t0, 2))) if "t0" in globals() else json.dumps(dict(error=f"{type(e).__name__}: {e}")))
             finally: os._exit(code)
         pids[pid] = rank
-    start = time.perf_counter()
+    until = time.perf_counter() + limit
     while pids:
         pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid: ends[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
-        elif time.perf_counter() - start > limit or any(e is not None and e < 0 for e in ends) and time.perf_counter() - died > 10:
+        if pid:
+            ends[pids.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+            if code: until = min(until, time.perf_counter() + 10)
+        elif time.perf_counter() > until:
             for p in pids: os.kill(p, signal.SIGKILL)
-        else: time.sleep(.02)
-        if not any(e is not None and e < 0 for e in ends): died = time.perf_counter()
+        time.sleep(.01)
     read = lambda r: json.loads((tmp/f"out{r}").read_text()) if (tmp/f"out{r}").exists() else None
     return [read(r) for r in range(world)], ends
 
@@ -102,19 +104,21 @@ def folder(): return Path(tempfile.mkdtemp())
 # What is asked
 
 def agree():
-    "Loss, domain losses and weights at 1, 2, 3 processes, FSDP2 and DDP, whole batches and parts."
-    def one(how, accumulate, keep):
-        def f(rank):
-            m, o, r = train(folder() if world == 1 else keep, how=how, accumulate=accumulate)
-            return dict(loss=[x["loss"] for x in r], norm=[x["norm"] for x in r], per=[x["per_domain"] for x in r], flat=flat(m).tolist())
-        return f
-    found = {}
-    for how in ("fsdp", "ddp"):
-        for accumulate in (1, 2):
-            for world in (1, 2, 3):
-                outs = ok(world, one(how, accumulate, folder()))
-                assert all(o == outs[0] for o in outs)
-                found[f"{how} {accumulate} {world}"] = outs[0]
+    "Loss, domain losses and weights at 1, 2, 3 processes, FSDP2 and DDP, whole batches and parts; and the same tokens everywhere."
+    kinds, found = [(how, accumulate, folder()) for how,accumulate in (("fsdp", 1), ("fsdp", 2), ("ddp", 2))], {}
+    def f(rank):
+        out = {}
+        for how,accumulate,run in kinds:
+            seen = []
+            class Tokens:
+                def loss_weights(self, step, tokens, domain): seen.append(tokens)
+            m, o, r = train(run/str(world), lambda s: (Mixer(s), Tokens()), how=how, accumulate=accumulate, every=0)
+            out[f"{how} {accumulate}"] = dict(loss=[x["loss"] for x in r], norm=[x["norm"] for x in r], per=[x["per_domain"] for x in r], weights=flat(m).tolist(), tokens=sha(seen))
+        return out
+    for world in (1, 2, 3):
+        outs = ok(world, f)
+        assert all(o == outs[0] for o in outs)                                  # every number, on every process
+        found |= {f"{k} {world}": v for k,v in outs[0].items()}
     return found
 
 class First(Mixer):
@@ -122,15 +126,15 @@ class First(Mixer):
     def __init__(self, stream, ask): super().__init__(stream); self.ask, self.sha = ask, None
     def loss_weights(self, step, tokens, domain): self.sha = self.sha or self.ask()
 
-def reshard():
+def reshard(*names):
     "Saved at K, loaded at K', for every pair and several optimizers; also DDP to FSDP2 and back, and one sharded process."
-    kinds = [(o, "fsdp") for o in OPTIMIZERS] + [("AdamW", "ddp")]
+    kinds = [(o, "fsdp") for o in names] + [("AdamW", "ddp")]
     here, found = {(o, how, K): folder() for o,how in kinds for K in (1, 2, 3)}, []
     def save(K):
         def f(rank):
             out = {}
             for o,how in kinds:
-                m, opt, _ = train(here[o, how, K], steps=6, optimizer=o, how=how)
+                m, opt, _ = train(here[o, how, K], steps=4, optimizer=o, how=how, every=0)
                 out[o, how] = sha(state(m, opt))
             return [[*k, v] for k,v in out.items()]
         return f
@@ -144,15 +148,171 @@ def reshard():
                 if dist.is_initialized(): dist.barrier()
                 m, s, opt = make(to, o, seed=7)
                 first = First(s, lambda: sha(state(m, opt)))
-                r = fit(m, s, opt, cosine(STEPS, 3), (first,), steps=STEPS, run=run); s.close()
+                r = fit(m, s, opt, cosine(STEPS, 3), (first,), steps=6, run=run); s.close()
                 out.append([o, how, K, to, first.sha, [x["loss"] for x in r]])
             return out
         return f
     for K2 in (1, 2, 3):
-        pairs = [(o, how, K, "fsdp") for o,how,K in saved] + [("AdamW", "fsdp", K, "ddp") for K in (1, 2, 3)]
+        pairs = [(o, how, K, "fsdp") for o,how,K in saved if how == "fsdp" or K == 2] + [("AdamW", "fsdp", 3, "ddp")]*(K2 == 2)
         for o,how,K,to,loaded,loss in ok(K2, load(K2, pairs))[0]: found.append(dict(optimizer=o, saved=f"{how} {K}", loaded=f"{to} {K2}", same=loaded == saved[o, how, K], loss=loss))
-    for o,how,K,to,loaded,loss in ok(1, load(11, [("AdamW", "fsdp", K, "fsdp") for K in (1, 2, 3)]), alone=True)[0]: found.append(dict(optimizer=o, saved=f"{how} {K}", loaded="fsdp 1 sharded", same=loaded == saved[o, how, K], loss=loss))
+    for o,how,K,to,loaded,loss in ok(1, load(11, [("AdamW", "fsdp", 2, "fsdp")]), alone=True)[0]: found.append(dict(optimizer=o, saved=f"{how} {K}", loaded="fsdp 1 sharded", same=loaded == saved[o, how, K], loss=loss))
     return found
 
+class Kill:
+    "Dies at a step, in one of the places a run can be in."
+    def __init__(self, where, step): self.where, self.step = where, step
+    def __getattr__(self, name):
+        if name != self.where: raise AttributeError(name)
+        def die(step, *_):
+            if step >= self.step: os.kill(os.getpid(), signal.SIGKILL)
+        return die
+
+def kill_in_commit(module, name, k):
+    "SIGKILL at the k-th call from now of a function."
+    real, left = getattr(module, name), [k]
+    def hook(*a, **kw):
+        left[0] -= 1
+        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a, **kw)
+    setattr(module, name, hook)
+
+def log(run): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(run/"log.jsonl")]
+
+def kills(points="6", seed="0", world="2"):
+    "One of the processes is killed at a random point, over and over; every run ends with the bits, and the log, of the undisturbed one."
+    points, world, rnd = int(points), int(world), random.Random(int(seed))
+    calm, start = folder(), time.perf_counter()
+    hooks = lambda extra: lambda s: (Mixer(s), Noise(), extra)
+    want = ok(world, lambda rank: digest(train(calm, hooks(object()))[0])); lines, seconds = log(calm), time.perf_counter() - start
+    assert len(set(want)) == 1 and len(lines) == STEPS
+    told, killed, runs, lost, where = folder(), 0, 0, 0, {}
+    class Told:
+        "Writes down which commits were acknowledged."
+        def __init__(self, name): self.name = name
+        def on_commit(self, step): (told/self.name).write_text(str(step))
+    while killed < points:
+        run, runs = folder(), runs + 1
+        for _ in range(min(3, points - killed)):
+            how, step, victim, background = rnd.choice(["time", "on_losses", "on_gradients", "on_step", "on_commit", "commit", "commit"]), rnd.randrange(STEPS), rnd.randrange(world), rnd.random() < .5
+            module, name = rnd.choice([(commits, "_hash"), (pieces, "_write"), (pieces, "_save"), (os, "rename"), (commits, "_sync")]); k, after = rnd.randrange(4), rnd.uniform(.3, 1)*seconds
+            def f(rank):
+                if rank == victim and how == "commit": kill_in_commit(module, name, k)
+                if rank == victim and how == "time": signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL)); signal.setitimer(signal.ITIMER_REAL, after)
+                class Both(Told, Kill):
+                    def __init__(self): Told.__init__(self, run.name); Kill.__init__(self, how if rank == victim else "", step)
+                class Plain(Told): pass
+                extra = Both() if how.startswith("on_") and how != "on_commit" else Kill(how, step) if how == "on_commit" and rank == victim else Plain(run.name)
+                return digest(train(run, hooks(extra), background=background)[0])
+            _, ends = launch(world, f)
+            if -signal.SIGKILL in ends: killed += 1; where[how] = where.get(how, 0) + 1
+            if (told/run.name).exists():                                # what was acknowledged is there, whole
+                found = [c for c in commits.commits(run/"commits")]
+                steps = [commits.read(c)[1]["counts"]["step"] for c in found]
+                lost += max(steps, default=0) < int((told/run.name).read_text())
+        assert ok(world, lambda rank: digest(train(run, hooks(object()))[0])) == want, (how, step, victim, background)
+        assert log(run) == lines
+    return dict(kills=killed, runs=runs, lost=lost, where=where)
+
+class Poison:
+    "A bad number in the gradient, or a bad loss, on the last process alone."
+    def __init__(self, at, where): self.at, self.where, self.seen = at, where, {}
+    def losses(self, step, model, tokens):
+        from paretolab.engine.fit import losses
+        ℓ = losses(model, tokens)
+        return ℓ*float("nan") if step in self.at and self.where == "loss" and dist.get_rank() == dist.get_world_size() - 1 else ℓ
+    def loss_weights(self, step, tokens, domain): self.seen[step] = self.ask()
+    def on_gradients(self, step, model):
+        if step in self.at and self.where == "gradient" and dist.get_rank() == dist.get_world_size() - 1:
+            g = next(p for p in model.parameters() if p.ndim == 2).grad; (g.to_local() if hasattr(g, "to_local") else g)[0, 0] = float("nan")
+
+def bad(*wheres):
+    "One bad number on one process: exactly that step is skipped, by all; several in a row end the run on all."
+    def f(rank):
+        out = {}
+        for how in ("fsdp", "ddp"):
+            for where in wheres:
+                m, s, o = make(how); p = Poison({4}, where); p.ask = lambda: sha(state(m, o))
+                r = fit(m, s, o, cosine(STEPS, 3), [p], steps=7, run=here[how, where]); s.close()
+                out[how + " " + where] = [[t for t in range(6) if p.seen[t] == p.seen[t + 1]], [x["skipped"] for x in r], bool(flat(m).isfinite().all()), sha(state(m, o))]
+                m, s, o = make(how); p = Poison(set(range(2, 12)), where); p.ask = lambda: None
+                try: fit(m, s, o, cosine(STEPS, 3), [p], steps=STEPS, run=here[how, where, "row"], patience=3)
+                except FloatingPointError as e: out[how + " " + where + " row"] = str(e)
+        return out
+    here = {k: folder() for how in ("fsdp", "ddp") for where in wheres for k in ((how, where), (how, where, "row"))}
+    return ok(2, f)
+
+def background():
+    "Commits in the background after every step, and after every third at once: the same weights, the same commits; on_commit follows."
+    class Heard:
+        def __init__(self): self.steps, self.at, self.now = [], [], -1
+        def on_step(self, step, record): self.now = step
+        def on_commit(self, step): self.steps.append(step); self.at.append(self.now)
+    one, two = folder(), folder()
+    def f(rank):
+        a, b = Heard(), Heard()
+        m1 = train(one, lambda s: (Mixer(s), a), every=2)[0]
+        slow = pieces._save
+        def later(*args): time.sleep(.05); return slow(*args)
+        pieces._save = later                                            # so that training does go on meanwhile
+        m2 = train(two, lambda s: (Mixer(s), b), every=2, background=True)[0]
+        return dict(digests=[digest(m1), digest(m2)], steps=[a.steps, b.steps], at=[a.at, b.at])
+    out = ok(2, f)
+    return dict(out=out, names=[[c.name for c in commits.commits(d/"commits")] for d in (one, two)])
+
+def trap():
+    "The same with the training's own group: what a separate one is for."
+    run = folder()
+    def f(rank):
+        from paretolab.engine import distributed
+        real = Team.__init__
+        def shared(self, model): real(self, model); self.group = dist.group.WORLD
+        Team.__init__ = shared
+        return digest(train(run, every=1, steps=STEPS, background=True)[0])
+    return launch(2, f, timeout=10, limit=40)[1]
+
+def disk():
+    "One process cannot write: all raise, earlier commits stay, nothing half-written does, and the run can go on."
+    import resource
+    run = folder()
+    def f(rank):
+        m, o, _ = train(run, steps=2, every=2)
+        before, says = sha(state(m, o)), None
+        for background in (False, True):
+            if rank == 1: old = resource.getrlimit(resource.RLIMIT_FSIZE); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+            try: train(run, steps=4, background=background)
+            except OSError as e: says = f"{e}"
+            if rank == 1: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+            dist.barrier()
+            left = sorted(p.name[:13] for p in (run/"commits").iterdir())
+            dist.barrier()
+            if left != ["step-00000002"]: break
+        m, o, _ = train(run)
+        return dict(says=says, left=left, digest=digest(m))
+    return ok(2, f)
+
+def stuck():
+    "A process that dies, stops, or sleeps: the other one ends with an error, and when."
+    found = {}
+    for how in ("dies", "stops", "stops in a commit"):
+        run = folder()
+        def f(rank):
+            globals()["t0"] = time.perf_counter()
+            class Stuck:
+                def on_gradients(self, step, model):
+                    if rank == 1 and step == 4 and how != "stops in a commit":
+                        globals()["t0"] = time.perf_counter(); os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+                    if step == 4: globals()["t0"] = time.perf_counter()
+            if rank == 1 and how == "stops in a commit": pieces._save = lambda *a: os.kill(os.getpid(), signal.SIGSTOP)
+            train(run, lambda s: (Mixer(s), Stuck()), background=how == "stops in a commit")
+        pid = os.fork()
+        if pid == 0:
+            out, ends = launch(2, f, timeout=5, limit=90)
+            (run/"out.json").write_text(json.dumps([out, ends])); os._exit(0)
+        os.waitpid(pid, 0); found[how] = json.loads((run/"out.json").read_text())
+    return found
+
+def save(run): return len(ok(2, lambda rank: len(train(Path(run))[2])))
+
 if __name__ == "__main__":
+    tqdm.monitor_interval = 0; train(folder(), steps=1)                         # warm, and without threads, before any fork
     print("\n" + json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True); os._exit(0)

@@ -154,7 +154,7 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #bd0029b2
+# %% ../../../nbs/engine/fit.ipynb #3451c99b
 def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
@@ -166,8 +166,8 @@ def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     size = lambda: _whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])).item()
     if good := bool(ℓ.isfinite().all()): _call(hooks, "on_losses", step, λ)
     if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, team.whole)
-    norm = _whole(nn.utils.clip_grad_norm_(params, clip)).item()
-    if good := team.all(good and math.isfinite(norm)): optimizer.step()
+    norm = team.gather(_whole(nn.utils.clip_grad_norm_(params, clip)).double().view(1)).max().item()     # NaN if it is anywhere: all decide alike
+    if good := good and math.isfinite(norm): optimizer.step()
     optimizer.zero_grad()
     return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
 
