@@ -1,5 +1,5 @@
-"""Runs of several processes for tests/test_distributed.py, forked from one warm process: `python distributed_run.py NAME`."""
-import contextlib, hashlib, json, os, random, signal, sys, tempfile, time, warnings
+"""Runs of several processes for tests/test_distributed.py, forked from one warm process, which reads names of functions and their arguments, a JSON list a line."""
+import contextlib, hashlib, json, os, random, signal, sys, tempfile, time, traceback, warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def launch(world, f, timeout=60, limit=120, alone=False):
                 if world > 1 or alone: dist.barrier()
                 code = 0
             except BaseException as e:
-                import traceback; traceback.print_exc(); sys.stderr.flush()
+                traceback.print_exc(); sys.stderr.flush()
                 (tmp/f"out{rank}").write_text(json.dumps(dict(error=f"{type(e).__name__}: {e}", after=round(time.perf_counter() - t0, 2))) if "t0" in globals() else json.dumps(dict(error=f"{type(e).__name__}: {e}")))
             finally: os._exit(code)
         pids[pid] = rank
@@ -315,4 +315,9 @@ def save(run): return len(ok(2, lambda rank: len(train(Path(run))[2])))
 
 if __name__ == "__main__":
     tqdm.monitor_interval = 0; train(folder(), steps=1)                         # warm, and without threads, before any fork
-    print("\n" + json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True); os._exit(0)
+    for line in sys.stdin:
+        name, *args = json.loads(line)
+        try: out = dict(found=globals()[name](*args))
+        except BaseException: out = dict(error=traceback.format_exc()[-3000:])
+        print("\n" + json.dumps(out), flush=True)
+    os._exit(0)

@@ -84,7 +84,7 @@ def _place(name, meta, like):
     if isinstance(like, DTensor) and like.shape == meta.size: return torch.empty_like(like, dtype=meta.properties.dtype)
     return torch.empty(meta.size, dtype=meta.properties.dtype)
 
-# %% ../../../nbs/engine/pieces.ipynb #6ad6aabf
+# %% ../../../nbs/engine/pieces.ipynb #0970243d
 def gathered(
     files:list[Path], # of one stem: all pieces, or the whole
     like:dict={}, # name -> tensor that is sharded as this one is to be
@@ -94,7 +94,8 @@ def gathered(
     from torch.distributed.checkpoint.api import CheckpointException
     meta = (reader := _files(Reader, files)).read_metadata().state_dict_metadata
     tensors = {k: _place(k, m, like.get(k)) for k,m in meta.items()}
-    try: dcp.load(tensors, storage_reader=reader, no_dist=True)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning): dcp.load(tensors, storage_reader=reader, no_dist=True)    # it tells that it asks no other process
     except CheckpointException as e: raise ValueError(f"{files[0].name}: {next(iter(e.failures.values()))[0]}") from None
     return tensors
 
