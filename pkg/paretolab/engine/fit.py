@@ -139,10 +139,10 @@ def _line(record):
     plain = lambda x: {k: plain(v) for k,v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps(plain(record), allow_nan=False) + "\n"
 
-# %% ../../../nbs/engine/fit.ipynb #4c5a9cba
+# %% ../../../nbs/engine/fit.ipynb #15c802ab
 def _gradient(team, tokens, accumulate, a, losses=losses):
     "Add the gradient of the mean loss, each sequence's times its weight a; ℓ."
-    ℓ, parts = [], list(zip(tokens.chunk(accumulate), a.chunk(accumulate)))
+    ℓ, parts = [], list(zip(tokens.to(team.device).chunk(accumulate), a.to(team.device).chunk(accumulate)))
     for i,(x,w) in enumerate(parts):
         team.last(i == len(parts) - 1)
         part = losses(team.whole, x); ℓ.append(part.detach())
