@@ -1,5 +1,5 @@
 """Runs of several processes for tests/test_distributed.py, forked from one warm process, which reads names of functions and their arguments, a JSON list a line."""
-import contextlib, hashlib, json, os, random, signal, sys, tempfile, time, traceback, warnings
+import hashlib, json, os, random, signal, sys, tempfile, time, traceback, warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from paretolab.optimizers.state_codes import Tree
 
 torch.set_num_threads(1); warnings.simplefilter("ignore"); os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 STEPS, EVERY = 8, 2
+CLOCK = [0.]                                                                     # when the fault was made
 
 class Text:
     def __init__(self, t): self.t = t
@@ -79,7 +80,7 @@ def launch(world, f, timeout=60, limit=120, alone=False):
                 code = 0
             except BaseException as e:
                 traceback.print_exc(); sys.stderr.flush()
-                (tmp/f"out{rank}").write_text(json.dumps(dict(error=f"{type(e).__name__}: {e}", after=round(time.perf_counter() - t0, 2))) if "t0" in globals() else json.dumps(dict(error=f"{type(e).__name__}: {e}")))
+                (tmp/f"out{rank}").write_text(json.dumps(dict(error=f"{type(e).__name__}: {e}", after=round(time.perf_counter() - CLOCK[0], 2))))
             finally: os._exit(code)
         pids[pid] = rank
     until = time.perf_counter() + limit
@@ -257,13 +258,14 @@ def background():
         m2 = train(two, lambda s: (Mixer(s), b), every=2, background=True)[0]
         return dict(digests=[digest(m1), digest(m2)], steps=[a.steps, b.steps], at=[a.at, b.at])
     out = ok(2, f)
-    return dict(out=out, names=[[c.name for c in commits.commits(d/"commits")] for d in (one, two)])
+    held = [[commits.read(c)[0] for c in commits.commits(d/"commits")] for d in (one, two)]
+    same = [all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f]) for a,b in zip(*held)]
+    return dict(out=out, same=same, names=[[c.name for c in commits.commits(d/"commits")] for d in (one, two)])
 
 def trap():
     "The same with the training's own group: what a separate one is for."
     run = folder()
     def f(rank):
-        from paretolab.engine import distributed
         real = Team.__init__
         def shared(self, model): real(self, model); self.group = dist.group.WORLD
         Team.__init__ = shared
@@ -275,8 +277,8 @@ def disk():
     import resource
     run = folder()
     def f(rank):
-        m, o, _ = train(run, steps=2, every=2)
-        before, says = sha(state(m, o)), None
+        train(run, steps=2, every=2)
+        says = None
         for background in (False, True):
             if rank == 1: old = resource.getrlimit(resource.RLIMIT_FSIZE); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
             try: train(run, steps=4, background=background)
@@ -296,12 +298,12 @@ def stuck():
     for how in ("dies", "stops", "stops in a commit"):
         run = folder()
         def f(rank):
-            globals()["t0"] = time.perf_counter()
+            CLOCK[0] = time.perf_counter()
             class Stuck:
                 def on_gradients(self, step, model):
                     if rank == 1 and step == 4 and how != "stops in a commit":
-                        globals()["t0"] = time.perf_counter(); os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
-                    if step == 4: globals()["t0"] = time.perf_counter()
+                        CLOCK[0] = time.perf_counter(); os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+                    if step == 4: CLOCK[0] = time.perf_counter()
             if rank == 1 and how == "stops in a commit": pieces._save = lambda *a: os.kill(os.getpid(), signal.SIGSTOP)
             train(run, lambda s: (Mixer(s), Stuck()), background=how == "stops in a commit")
         pid = os.fork()

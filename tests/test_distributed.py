@@ -1,5 +1,5 @@
 """Several processes train one model: they agree with one, resume to the bit, and survive kills, bad numbers, full disks and hostile files. The runs are in distributed_run.py."""
-import json, os, pickle, random, shutil, signal, subprocess, sys, time, warnings
+import json, os, pickle, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -85,6 +85,7 @@ def test_commits_in_the_background_are_those_made_at_once(runs):
     for r in found["out"]:
         assert len(set(r["digests"])) == 1 and r["steps"] == [[2, 4, 6, 8]]*2
         assert r["at"] == [[1, 3, 5, 7], [3, 5, 7, 7]]                                  # told when it is safe: before the next one, or at the end
+    assert found["same"] == [True, True]                                                 # each holds its own step's numbers, not later ones
     assert [n[:13] for n in found["names"][0]] == [n[:13] for n in found["names"][1]]
 
 def test_a_disk_that_is_full_for_one_process_is_told_to_all(runs):
@@ -158,7 +159,7 @@ def test_torch_runs_a_hostile_metadata(tmp_path):
     import torch.distributed.checkpoint as dcp
     dcp.save({"w": torch.zeros(3)}, checkpoint_id=str(tmp_path/"c"), no_dist=True)
     (tmp_path/"c"/".metadata").write_bytes(pickle.dumps(Evil(tmp_path/"ran")))
-    with pytest.raises(BaseException): dcp.load({"w": torch.zeros(3)}, checkpoint_id=str(tmp_path/"c"), no_dist=True)
+    with pytest.raises(dcp.api.CheckpointException): dcp.load({"w": torch.zeros(3)}, checkpoint_id=str(tmp_path/"c"), no_dist=True)
     assert (tmp_path/"ran").exists()
 
 def test_pieces_that_do_not_make_a_whole_are_refused(saved, tmp_path):

@@ -1,5 +1,5 @@
 """The supervisor: relaunches what dies or hangs, gives up what does not get on, and leaves nothing behind."""
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch

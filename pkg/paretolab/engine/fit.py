@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #6f4446e8
+# %% ../../../nbs/engine/fit.ipynb #0494b5d8
 import copy, hashlib, json, math, os, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from tqdm import tqdm
+from . import commits
 from .distributed import Team, together
-from .pieces import commit, latest
 
 # %% ../../../nbs/engine/fit.ipynb #ff8357be
 def losses(
@@ -186,7 +186,19 @@ def _check_finite(team, step, record):
     odd = [n for n,p in _weights(team.inner).items() if not _local(p).isfinite().all()]
     if not team.all(not odd): raise FloatingPointError(f"{odd[0] if odd else 'another process'} holds numbers that are not finite after step {step}, from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})")
 
-# %% ../../../nbs/engine/fit.ipynb #fed72b1e
+# %% ../../../nbs/engine/fit.ipynb #c05bd1fd
+def _commit(team, *args):
+    "Commit as one process, or all together in pieces."
+    if not team.group: return commits.commit(*args)
+    from paretolab.engine.pieces import commit
+    return commit(*args, team)
+
+def _latest(team, folder, optimizer):
+    if not team.group: return commits.latest(folder)
+    from paretolab.engine.pieces import latest
+    return latest(folder, team, lambda: _like(team, optimizer))
+
+# %% ../../../nbs/engine/fit.ipynb #212c7253
 @contextmanager
 def _saver(folder, team, hooks, background):
     "A function that commits: at once, or in a thread while training goes on. An earlier commit is finished first."
@@ -196,19 +208,19 @@ def _saver(folder, team, hooks, background):
             while waiting: step, f = waiting.pop(); f.result(); _call(hooks, "on_commit", step)
         def save(step, tensors, state):
             finish()
-            if not background: commit(folder, step, tensors, state, team); _call(hooks, "on_commit", step); return
+            if not background: _commit(team, folder, step, tensors, state); _call(hooks, "on_commit", step); return
             copies = {stem: {k: v.detach().clone() for k,v in t.items()} for stem,t in tensors.items()}
-            waiting.append((step, thread.submit(commit, folder, step, copies, json.loads(json.dumps(state)), team)))
+            waiting.append((step, thread.submit(_commit, team, folder, step, copies, json.loads(json.dumps(state)))))
         yield save
         finish()
 
-# %% ../../../nbs/engine/fit.ipynb #adb59420
+# %% ../../../nbs/engine/fit.ipynb #3e76edce
 def _begin(run, team, stream, optimizer, hooks, made, steps):
     "Refuse what cannot go on, or load what was left; the counts."
     try: json.dumps(held := [h.state_dict() for h in hooks if hasattr(h, "state_dict")])
     except TypeError as e: raise ValueError(f"a hook's state goes into the commits as JSON (got {held!r}: {e}); give numbers, text, lists and dicts") from None
     if stream.batch % team.world: raise ValueError(f"every process takes as many sequences of a batch (got {stream.batch} for {team.world} processes); make the batch a multiple")
-    saved = latest(run/"commits", team, lambda: _like(team, optimizer))
+    saved = _latest(team, run/"commits", optimizer)
     counts = _unpack(saved, team, optimizer, stream, hooks, made) if saved else dict(step=0, skipped=0, row=0)
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts

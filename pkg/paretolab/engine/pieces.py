@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['commit', 'gathered', 'latest']
 
-# %% ../../../nbs/engine/pieces.ipynb #d14565c4
+# %% ../../../nbs/engine/pieces.ipynb #cd560a6c
 import errno, json, math, os, warnings
 from contextlib import ExitStack
 from pathlib import Path
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from . import commits
 from .distributed import Team, together
@@ -48,7 +47,7 @@ def _name(tmp, step, tensors, state, said):
     if lost := sorted(said.keys() - {p.name for p in tmp.iterdir()}): raise OSError(errno.ENOENT, f"{lost[0]} was written by another process and is not seen by the first one; put the run on a disk that all machines share")
     return commits._seal(tmp, step, state, said)
 
-# %% ../../../nbs/engine/pieces.ipynb #9fda46db
+# %% ../../../nbs/engine/pieces.ipynb #0dcf9789
 def commit(
     folder:str|Path, # where the run's commits lie, on a disk that all processes share
     step:int, # step after which the state was taken
@@ -57,8 +56,7 @@ def commit(
     team:Team, # who calls this, all with the same step
     keep:int=2, # newest commits that stay
 )->Path: # the commit's directory, once it is safe on disk
-    "Save a state of which each process holds pieces; without `torchrun`, `commits.commit`."
-    if not team.group: return commits.commit(folder, step, tensors, state, keep)
+    "Save a state of which each process holds pieces."
     folder = Path(folder); tmp = folder/f".writing-{step}"
     first = lambda f, *args: together(team, lambda: f(*args) if team.rank == 0 else None)[0]
     first(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -109,14 +107,13 @@ def _newest(folder):
         except Exception as e: warnings.warn(f"commit {path.name} is damaged: {e if type(e) is ValueError else repr(e)}; going back to the commit before it", stacklevel=2)
     if found: raise ValueError(f"none of the {len(found)} commits in {folder} is whole; move the run's folder away to start it again")
 
-# %% ../../../nbs/engine/pieces.ipynb #2e58138e
+# %% ../../../nbs/engine/pieces.ipynb #dff72e1c
 def latest(
     folder:str|Path, # where the run's commits lie
     team:Team, # who calls this
     like, # () -> {file stem: {name: tensor}}, sharded as the state is to be; called if there is a commit
 ): # (tensors, state) of the newest whole commit, or None
     "Load the newest commit, whoever wrote it: each process its pieces. The first one checks all hashes."
-    if not team.group: return commits.latest(folder)
     if not (path := together(team, lambda: _newest(folder) if team.rank == 0 else None)[0]): return None
     near = like()
     load = lambda: {stem: gathered(files, near.get(stem, {})) for stem,files in commits._stems(path).items()}
