@@ -84,15 +84,13 @@ def env(monkeypatch):
     for k,v in dict(TESTS=str(Path(__file__).parent), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p)).items(): monkeypatch.setenv(k, v)
 
 @pytest.mark.soak
-def test_twenty_kills_under_torchrun(env, tmp_path, record_property):
-    rng, kills, launches = random.Random(3), 0, 0
+@pytest.mark.parametrize("seed", range(5))
+def test_four_kills_under_torchrun(env, tmp_path, record_property, seed):
+    rng = random.Random(seed); plan = [(s, rng.randrange(2), "SIGKILL") for s in rng.sample(range(8), 4)]
     _, want = trained(tmp_path/"calm", [])
-    while kills < 20:
-        run, plan = tmp_path/f"run{kills}", [(s, rng.randrange(2), "SIGKILL") for s in rng.sample(range(8), 4)]
-        ends, found = trained(run, plan, relaunches=4)
-        done = len(list(run.glob("killed*"))); kills += done; launches += len(ends)
-        assert found == want and len(ends) == done and supervisor._alive(run) == []
-    record_property("kills", kills); record_property("relaunches", launches)
+    ends, found = trained(tmp_path/"run", plan, relaunches=4)
+    record_property("kills", kills := len(list((tmp_path/"run").glob("killed*")))); record_property("relaunches", len(ends))
+    assert found == want and len(ends) == kills == 4 and supervisor._alive(tmp_path/"run") == []
 
 @pytest.mark.soak
 def test_a_stopped_worker_is_noticed(env, tmp_path, record_property):
