@@ -66,7 +66,7 @@ def train(run, hooks=lambda s: (Mixer(s),), steps=STEPS, how="fsdp", optimizer="
     records = fit(m, s, o, cosine(STEPS, 3), hooks(s), **dict(dict(steps=steps, run=run, every=EVERY), **kw)); s.close()
     return m, o, records
 
-def launch(world, f, timeout=60, limit=120, alone=False):
+def launch(world, f, timeout=60, limit=600, alone=False):
     "Fork processes that call f(rank); what each gave, as JSON, and how each ended. When one dies the others are ended, as torchrun does."
     tmp, pids, ends = Path(tempfile.mkdtemp()), {}, [None]*world
     for rank in range(world):

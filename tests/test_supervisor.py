@@ -95,8 +95,8 @@ def test_four_kills_under_torchrun(env, tmp_path, record_property, seed):
 @pytest.mark.soak
 def test_a_stopped_worker_is_noticed(env, tmp_path, record_property):
     _, want = trained(tmp_path/"calm", [])
-    start = time.perf_counter(); ends, found = trained(tmp_path/"run", [(3, 1, "SIGSTOP")], silence=20)
-    record_property("took", round(time.perf_counter() - start, 1)); assert ends == ["no step for 20 seconds"] and found == want
+    start = time.perf_counter(); ends, found = trained(tmp_path/"run", [(3, 1, "SIGSTOP")], silence=90)
+    record_property("took", round(time.perf_counter() - start, 1)); assert ends == ["no step for 90 seconds"] and found == want
 
 @pytest.mark.soak
 def test_two_machines(env, tmp_path, record_property):
