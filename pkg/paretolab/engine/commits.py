@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['commit', 'commits', 'read', 'latest']
 
-# %% ../../../nbs/engine/commits.ipynb #2b6e11d2
+# %% ../../../nbs/engine/commits.ipynb #d791e911
 import errno, hashlib, json, os, re, shutil, warnings
+from contextlib import contextmanager
 from pathlib import Path
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
@@ -21,7 +22,45 @@ def _sync(path):
 def _hash(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../../nbs/engine/commits.ipynb #905f3c7e
+# %% ../../../nbs/engine/commits.ipynb #464cb5f7
+@contextmanager
+def _told(folder, step):
+    "Say which state was not saved."
+    try: yield
+    except (OSError, SafetensorError) as e: raise OSError(getattr(e, "errno", None) or errno.EIO, f"the state after step {step} could not be saved ({getattr(e, 'strerror', None) or e}); earlier commits are untouched", str(folder)) from None
+
+@contextmanager
+def _writing(folder, step):
+    "A new directory to be filled; gone again if that fails."
+    for old in folder.glob(".writing-*"): shutil.rmtree(old)             # left by a process that was killed
+    with _told(folder, step):
+        (tmp := folder/f".writing-{step}").mkdir()
+        try: yield tmp
+        except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
+
+# %% ../../../nbs/engine/commits.ipynb #084058ce
+def _said(path): return dict(bytes=path.stat().st_size, sha256=_hash(path))
+
+def _seal(tmp, step, state, said):
+    "Give a filled directory its state, its manifest and its name; some files are hashed already."
+    (tmp/"state.json").write_text(json.dumps(state))
+    manifest = {p.name: said.get(p.name) or _said(p) for p in sorted(tmp.iterdir())}
+    (tmp/"manifest.json").write_text(json.dumps(manifest))
+    for p in (*tmp.iterdir(), tmp): _sync(p)
+    final = tmp.with_name(f"step-{step:08d}-{_hash(tmp/'manifest.json')[:16]}")
+    if final.exists() and _whole(final): shutil.rmtree(tmp)              # the same state is there already
+    else: shutil.rmtree(final, ignore_errors=True); os.rename(tmp, final)
+    return final
+
+# %% ../../../nbs/engine/commits.ipynb #3763a246
+def _keep(folder, final, keep):
+    "Make the new name last, then delete older commits."
+    _sync(folder)
+    here = commits(folder)
+    for old in here[:here.index(final) + 1][:-keep]: shutil.rmtree(old)
+    return final
+
+# %% ../../../nbs/engine/commits.ipynb #ccab246a
 def commit(
     folder:str|Path, # where the run's commits lie
     step:int, # step after which the state was taken
@@ -33,25 +72,10 @@ def commit(
     if keep < 1: raise ValueError(f"at least the commit just made stays (got {keep=})")
     if odd := [stem for stem in tensors if not re.fullmatch(r"\w+", stem)]: raise ValueError(f"files of a commit are named by letters, digits and '_' (got {odd[0]!r})")
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".writing-*"): shutil.rmtree(old)             # left by a process that was killed
-    tmp = folder/f".writing-{step}"; tmp.mkdir()
-    try:
+    with _writing(folder, step) as tmp:
         for stem,t in tensors.items(): save_file({k: v.detach().contiguous() for k,v in t.items()}, tmp/f"{stem}.safetensors")
-        (tmp/"state.json").write_text(json.dumps(state))
-        manifest = {p.name: dict(bytes=p.stat().st_size, sha256=_hash(p)) for p in sorted(tmp.iterdir())}
-        (tmp/"manifest.json").write_text(json.dumps(manifest))
-        for p in (*tmp.iterdir(), tmp): _sync(p)
-        final = folder/f"step-{step:08d}-{_hash(tmp/'manifest.json')[:16]}"
-        if final.exists() and _whole(final): shutil.rmtree(tmp)                              # the same state is there already
-        else: shutil.rmtree(final, ignore_errors=True); os.rename(tmp, final)
-    except BaseException as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if not isinstance(e, OSError | SafetensorError): raise
-        raise OSError(getattr(e, "errno", errno.EIO), f"the state after step {step} could not be saved ({getattr(e, 'strerror', e)}); earlier commits are untouched", str(folder)) from None
-    _sync(folder)
-    here = commits(folder)
-    for old in here[:here.index(final) + 1][:-keep]: shutil.rmtree(old)
-    return final
+        final = _seal(tmp, step, state, {})
+    return _keep(folder, final, keep)
 
 # %% ../../../nbs/engine/commits.ipynb #0edd6748
 def commits(
@@ -74,17 +98,25 @@ def _verify(path):
         if (size := (path/name).stat().st_size) != m["bytes"]: raise ValueError(f"{name} holds {size} bytes instead of {m['bytes']}")
         if _hash(path/name) != m["sha256"]: raise ValueError(f"{name} holds other bytes than were written")
 
-# %% ../../../nbs/engine/commits.ipynb #5d542989
+# %% ../../../nbs/engine/commits.ipynb #6fc0ae33
+def _stems(path):
+    "A commit's tensor files by stem: one file, or the pieces of several processes."
+    stems = {}
+    for p in sorted(path.glob("*.safetensors")): stems.setdefault(re.sub(r"-\d+-of-\d+$", "", p.stem), []).append(p)
+    return stems
+
+def _load(files):
+    "The tensors of a stem, whole."
+    if "-of-" in files[0].stem: from paretolab.engine.pieces import gathered; return gathered(files)
+    with safe_open(files[0], "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
+
+# %% ../../../nbs/engine/commits.ipynb #cc7b8309
 def read(
     path:str|Path, # a commit's directory
 )->tuple[dict,dict]: # {file stem: {name: tensor}}, state
     "Check a commit against its manifest and its name, then load it."
-    path, tensors = Path(path), {}
-    try:
-        _verify(path)
-        for p in path.glob("*.safetensors"):
-            with safe_open(p, "pt") as f: tensors[p.stem] = {k: f.get_tensor(k) for k in f.keys()}
-        return tensors, json.loads((path/"state.json").read_text())
+    path = Path(path)
+    try: _verify(path); return {stem: _load(files) for stem,files in _stems(path).items()}, json.loads((path/"state.json").read_text())
     except Exception as e: raise ValueError(f"commit {path.name} is damaged: {e if type(e) is ValueError else repr(e)}") from None
 
 # %% ../../../nbs/engine/commits.ipynb #c8891426

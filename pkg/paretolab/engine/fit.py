@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #ee4aca7b
-import json, math, os, time, warnings
+# %% ../../../nbs/engine/fit.ipynb #0494b5d8
+import copy, hashlib, json, math, os, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from tqdm import tqdm
-from .commits import commit, latest
+from . import commits
+from .distributed import Team, together
 
 # %% ../../../nbs/engine/fit.ipynb #ff8357be
 def losses(
@@ -32,25 +34,28 @@ def _by_domain(ℓ, δ, domains):
     total = torch.zeros(2, len(domains)).index_add_(1, δ, torch.stack([ℓ, torch.ones_like(ℓ)]))
     return {d: (s/n).item() for d,s,n in zip(domains, *total) if n}
 
-# %% ../../../nbs/engine/fit.ipynb #8e459623
+# %% ../../../nbs/engine/fit.ipynb #4a99ada3
+def _local(t): return t.to_local() if hasattr(t, "to_local") else t          # of a sharded tensor, what lies here
+def _whole(t): return t.full_tensor() if hasattr(t, "full_tensor") else t
+
 def _weights(model):
     "The model's state, each tensor once."
-    return {k: v for k,v in {v.data_ptr(): (k, v) for k,v in reversed(model.state_dict().items())}.values()}
+    return {k: v for k,v in {_local(v).data_ptr() or k: (k, v) for k,v in reversed(model.state_dict().items())}.values()}
 
 # %% ../../../nbs/engine/fit.ipynb #0d451f92
 def _build(): return dict(torch=torch.__version__, threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
-# %% ../../../nbs/engine/fit.ipynb #46a2081e
-def _pack(model, optimizer, stream, hooks, counts, made):
+# %% ../../../nbs/engine/fit.ipynb #0d5fe139
+def _pack(team, optimizer, stream, hooks, counts, made):
     "Tensors and plain state of a run; `made` are the optimizer's groups as it was made."
-    o = optimizer.state_dict()
+    o, rng = optimizer.state_dict(), torch.get_rng_state()
     moments = {f"{i}.{k}": v for i,s in o["state"].items() for k,v in s.items() if torch.is_tensor(v)}
     plain = {i: {k: v for k,v in s.items() if not torch.is_tensor(v)} for i,s in o["state"].items()}
     if odd := [(k, v) for s in plain.values() for k,v in s.items() if not isinstance(v, int | float | str | bool | None)]: raise ValueError(f"an optimizer's state is tensors, numbers and text (got {odd[0][0]}, a {type(odd[0][1]).__name__}); fit cannot keep it")
-    return dict(model=_weights(model), optimizer={**moments, "rng": torch.get_rng_state()}), dict(counts=counts, build=_build(),
+    return dict(model=_weights(team.inner), optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
-# %% ../../../nbs/engine/fit.ipynb #b1a8e9b5
+# %% ../../../nbs/engine/fit.ipynb #aa7bf1f0
 def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
 
 def _check_weights(was, now):
@@ -58,7 +63,7 @@ def _check_weights(was, now):
     what = lambda t: "missing" if t is None else f"{tuple(t.shape)} {str(t.dtype)[6:]}"
     for k in was | now:
         if what(a := was.get(k)) != what(b := now.get(k)): raise ValueError(f"the saved run has {k} {what(a)} and this model has it {what(b)}; use another run folder")
-        if not a.isfinite().all(): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+        if not _local(a).isfinite().all(): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
 
 def _check_state(tensors, optimizer):
     "Refuse optimizer state that is not of these parameters: fused kernels trust the shapes they are given."
@@ -67,7 +72,7 @@ def _check_state(tensors, optimizer):
         i, _, k = name.partition(".")
         if not (i.isdecimal() and int(i) < len(params)): raise ValueError(f"the saved run's optimizer state names parameter {i!r} of {len(params)}; use another run folder")
         if optimizer.defaults.get("fused") and t.numel() != 1 and t.shape != params[int(i)].shape: raise ValueError(f"the saved run's {k} of parameter {i} has the shape {tuple(t.shape)} for a parameter of {tuple(params[int(i)].shape)}; use another run folder")
-        if not t.isfinite().all(): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+        if not _local(t).isfinite().all(): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
 
 def _check(tensors, s, model, optimizer, hooks, made):
     "Refuse a saved run that is not this one, before anything changes."
@@ -80,27 +85,50 @@ def _check(tensors, s, model, optimizer, hooks, made):
     if [v is not None for v in s["hooks"]] != [hasattr(h, "state_dict") for h in hooks]: raise ValueError(f"the run was saved with {len(s['hooks'])} hooks, {sum(v is not None for v in s['hooks'])} of them with a state (got {len(hooks)}, {sum(hasattr(h, 'state_dict') for h in hooks)} of them with a state); pass the same ones")
     if s["build"] != _build(): warnings.warn(f"the run goes on under {_build()} but was saved under {s['build']}: from here it is not the same bit for bit", stacklevel=2)
 
-# %% ../../../nbs/engine/fit.ipynb #1db609cf
-def _unpack(saved, model, optimizer, stream, hooks, made):
+# %% ../../../nbs/engine/fit.ipynb #44cc9447
+def _own(rng, team):
+    "This process's random numbers; one more than saved the run gets its own from the first one's."
+    rows = rng.view(-1, len(torch.get_rng_state()))
+    if team.rank < len(rows): return rows[team.rank].clone()                # torch reads a view wrongly
+    seed = hashlib.blake2b(rows[0].numpy().tobytes() + team.rank.to_bytes(8, "little"), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed, "little")).get_state()
+
+# %% ../../../nbs/engine/fit.ipynb #6a8f2117
+def _like(team, optimizer):
+    "Weights and moments, sharded as they are here: the optimizer shows it in a step that is taken back."
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    if not any(hasattr(p, "device_mesh") for p in params): return {}
+    fresh, was, rng = copy.deepcopy(optimizer.state_dict()), [_local(p).detach().clone() for p in params], torch.get_rng_state()
+    for p in params: p.grad = torch.ones_like(p)
+    optimizer.step(); optimizer.zero_grad(); torch.set_rng_state(rng)
+    moments = {f"{i}.{k}": v for i,p in enumerate(params) for k,v in optimizer.state[p].items() if torch.is_tensor(v)}
+    optimizer.state.clear(); optimizer.load_state_dict(fresh)
+    with torch.no_grad():
+        for p,w in zip(params, was): _local(p).copy_(w)
+    return dict(model=_weights(team.inner), optimizer=moments)
+
+# %% ../../../nbs/engine/fit.ipynb #4aa3fc07
+def _unpack(saved, team, optimizer, stream, hooks, made):
     "Put a saved run back; its counts."
     tensors, s = saved
-    _check(tensors, s, model, optimizer, hooks, made)
+    together(team, _check, tensors, s, team.inner, optimizer, hooks, made)
     stream.load_state_dict(s["stream"])
-    state, rng = {int(i): dict(v) for i,v in s["optimizer"].items()}, tensors["optimizer"].pop("rng")
+    state, rng = {int(i): dict(v) for i,v in s["optimizer"].items()}, _own(tensors["optimizer"].pop("rng"), team)
     for name,v in tensors["optimizer"].items(): i, k = name.split(".", 1); state[int(i)][k] = v
     groups = [{k: tuple(v) if isinstance(g.get(k), tuple) else v for k,v in old.items()} for old,g in zip(s["groups"], optimizer.param_groups)]
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
     for i,p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for k,v in state.get(i, {}).items():                                # torch gives state the type of its parameter; it had its own
             if torch.is_tensor(v) and getattr(optimizer.state[p].get(k), "dtype", v.dtype) != v.dtype: optimizer.state[p][k] = v.to(p.device)
-    model.load_state_dict(tensors["model"], strict=False); torch.set_rng_state(rng)
+    team.inner.load_state_dict(tensors["model"], strict=False); torch.set_rng_state(rng)
     for h,v in zip(hooks, s["hooks"]):
         if v is not None: h.load_state_dict(v)
     return s["counts"]
 
-# %% ../../../nbs/engine/fit.ipynb #97168c12
-def _log(path, step):
-    "The log, open for appending after the line of `step` - 1."
+# %% ../../../nbs/engine/fit.ipynb #97437229
+def _log(path, step, team):
+    "The log, open for appending after the line of `step` - 1; the first process writes it."
+    if team.rank: return open(os.devnull, "w")
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     (tmp := path.with_suffix(".tmp")).write_bytes(b"".join(l + b"\n" for l in lines[:step]))
     os.replace(tmp, path)
@@ -111,12 +139,13 @@ def _line(record):
     plain = lambda x: {k: plain(v) for k,v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps(plain(record), allow_nan=False) + "\n"
 
-# %% ../../../nbs/engine/fit.ipynb #f97bf55d
-def _gradient(model, tokens, accumulate, a, losses=losses):
+# %% ../../../nbs/engine/fit.ipynb #15c802ab
+def _gradient(team, tokens, accumulate, a, losses=losses):
     "Add the gradient of the mean loss, each sequence's times its weight a; ℓ."
-    ℓ = []
-    for x,w in zip(tokens.chunk(accumulate), a.chunk(accumulate)):
-        part = losses(model, x); ℓ.append(part.detach())
+    ℓ, parts = [], list(zip(tokens.to(team.device).chunk(accumulate), a.to(team.device).chunk(accumulate)))
+    for i,(x,w) in enumerate(parts):
+        team.last(i == len(parts) - 1)
+        part = losses(team.whole, x); ℓ.append(part.detach())
         ((w*part).sum()/len(tokens)).backward()
     return torch.cat(ℓ)
 
@@ -125,19 +154,20 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #5984f12a
-def _step(step, model, stream, optimizer, hooks, accumulate, clip):
+# %% ../../../nbs/engine/fit.ipynb #3451c99b
+def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
     own = next((partial(h.losses, step) for h in hooks if hasattr(h, "losses")), losses)
-    whole = own(model, tokens) if accumulate == 1 else None              # a hook's weights may come from these losses
+    whole = own(team.whole, tokens.to(team.device)) if accumulate == 1 == team.world else None           # a hook's weights may come from these losses
     α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
-    ℓ = _gradient(model, tokens, accumulate, torch.tensor([α.get(d, 1.) for d in stream.domains])[δ], own if whole is None else lambda model, x: whole)
+    a = torch.tensor([α.get(d, 1.) for d in stream.domains])[δ]
+    ℓ = team.gather(_gradient(team, team.share(tokens), accumulate, team.share(a), own if whole is None else lambda model, x: whole))
     λ, params = _by_domain(ℓ, δ, stream.domains), [p for g in optimizer.param_groups for p in g["params"]]
-    size = lambda: nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
+    size = lambda: _whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])).item()
     if good := bool(ℓ.isfinite().all()): _call(hooks, "on_losses", step, λ)
-    if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, model)
-    norm = nn.utils.clip_grad_norm_(params, clip).item()
+    if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, team.whole)
+    norm = team.gather(_whole(nn.utils.clip_grad_norm_(params, clip)).double().view(1)).max().item()     # NaN if it is anywhere: all decide alike
     if good := good and math.isfinite(norm): optimizer.step()
     optimizer.zero_grad()
     return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
@@ -151,10 +181,55 @@ def _scaled(optimizer, η):
     finally:
         for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
 
-# %% ../../../nbs/engine/fit.ipynb #d72423dd
+# %% ../../../nbs/engine/fit.ipynb #c5a68c55
+def _check_finite(team, step, record):
+    "Refuse to commit weights that are not finite, here or anywhere."
+    odd = [n for n,p in _weights(team.inner).items() if not _local(p).isfinite().all()]
+    if not team.all(not odd): raise FloatingPointError(f"{odd[0] if odd else 'another process'} holds numbers that are not finite after step {step}, from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})")
+
+# %% ../../../nbs/engine/fit.ipynb #c05bd1fd
+def _commit(team, *args):
+    "Commit as one process, or all together in pieces."
+    if not team.group: return commits.commit(*args)
+    from paretolab.engine.pieces import commit
+    return commit(*args, team)
+
+def _latest(team, folder, optimizer):
+    if not team.group: return commits.latest(folder)
+    from paretolab.engine.pieces import latest
+    return latest(folder, team, lambda: _like(team, optimizer))
+
+# %% ../../../nbs/engine/fit.ipynb #212c7253
+@contextmanager
+def _saver(folder, team, hooks, background):
+    "A function that commits: at once, or in a thread while training goes on. An earlier commit is finished first."
+    with ThreadPoolExecutor(1, "commit") as thread:
+        waiting = []
+        def finish():
+            while waiting: step, f = waiting.pop(); f.result(); _call(hooks, "on_commit", step)
+        def save(step, tensors, state):
+            finish()
+            if not background: _commit(team, folder, step, tensors, state); _call(hooks, "on_commit", step); return
+            copies = {stem: {k: v.detach().clone() for k,v in t.items()} for stem,t in tensors.items()}
+            waiting.append((step, thread.submit(_commit, team, folder, step, copies, json.loads(json.dumps(state)))))
+        yield save
+        finish()
+
+# %% ../../../nbs/engine/fit.ipynb #3e76edce
+def _begin(run, team, stream, optimizer, hooks, made, steps):
+    "Refuse what cannot go on, or load what was left; the counts."
+    try: json.dumps(held := [h.state_dict() for h in hooks if hasattr(h, "state_dict")])
+    except TypeError as e: raise ValueError(f"a hook's state goes into the commits as JSON (got {held!r}: {e}); give numbers, text, lists and dicts") from None
+    if stream.batch % team.world: raise ValueError(f"every process takes as many sequences of a batch (got {stream.batch} for {team.world} processes); make the batch a multiple")
+    saved = _latest(team, run/"commits", optimizer)
+    counts = _unpack(saved, team, optimizer, stream, hooks, made) if saved else dict(step=0, skipped=0, row=0)
+    if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
+    return counts
+
+# %% ../../../nbs/engine/fit.ipynb #bbb330b1
 def fit(
-    model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place
-    stream, # a `MixedStream`
+    model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
+    stream, # a `MixedStream`, the same on all processes
     optimizer:torch.optim.Optimizer, # its learning rates are the unit of the schedule
     schedule, # step -> multiplier of the learning rates
     hooks=(), # objects with any of losses(step, model, tokens) -> (B,), loss_weights(step, tokens, domain) -> {domain: weight} or None, on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
@@ -165,26 +240,22 @@ def fit(
     accumulate:int=1, # parts a batch is computed in
     clip:float=1.0, # largest norm of the gradient
     patience:int=10, # non-finite steps in a row that end the run
+    background:bool=False, # write commits while training goes on, from a copy of the state
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
-    run, records = Path(run), []
-    try: json.dumps(held := [h.state_dict() for h in hooks if hasattr(h, "state_dict")])
-    except TypeError as e: raise ValueError(f"a hook's state goes into the commits as JSON (got {held!r}: {e}); give numbers, text, lists and dicts") from None
-    made = _made(optimizer)
-    counts = _unpack(saved, model, optimizer, stream, hooks, made) if (saved := latest(run/"commits")) else dict(step=0, skipped=0, row=0)
-    if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
+    run, records, team, made = Path(run), [], Team(model), _made(optimizer)
+    counts = _begin(run, team, stream, optimizer, hooks, made, steps)
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
-    with _log(run/"log.jsonl", counts["step"]) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=None) as bar:
+    with _log(run/"log.jsonl", counts["step"], team) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None) as bar, _saver(run/"commits", team, hooks, background) as save:
         for step in range(counts["step"], steps):
             if not 0 <= (η := schedule(step)) < math.inf: raise ValueError(f"a schedule gives a finite multiplier of at least 0 (got {η} at step {step})")
-            with _scaled(optimizer, η): record, good = _step(step, model, stream, optimizer, hooks, accumulate, clip)
+            with _scaled(optimizer, η): record, good = _step(step, team, stream, optimizer, hooks, accumulate, clip)
             counts = dict(step=step + 1, skipped=counts["skipped"] + (not good), row=0 if good else counts["row"] + 1)
             records.append(record := {**record, "lr": η*optimizer.param_groups[0]["lr"], "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
             log.write(_line(record)); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-            _call(hooks, "on_step", step, record); _call(hooks, "log", record, step)
+            _call(hooks, "on_step", step, record); _call(hooks if team.rank == 0 else (), "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
-                if odd := [n for n,p in _weights(model).items() if not p.isfinite().all()]: raise FloatingPointError(f"{odd[0]} holds numbers that are not finite after step {step}, from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})")
-                commit(run/"commits", step + 1, *_pack(model, optimizer, stream, hooks, counts, made)); _call(hooks, "on_commit", step + 1)
+                _check_finite(team, step, record); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
     return records

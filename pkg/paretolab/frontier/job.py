@@ -210,11 +210,11 @@ def _columns(p, model):
 
 # %% ../../../nbs/frontier/job.ipynb #a1467ef8
 def _runner(folder, small, bits):
-    "The model whose speed is the point's."
+    "The model whose speed is the point's, and its engine: what has a part that no product reads from codes runs from floats."
     from paretolab.models import decode
-    if bits == 16: return small
-    try: return decode.load(folder)
-    except ValueError: return small
+    if bits == 16: return small, "torch"
+    try: return decode.load(folder), "packed"
+    except ValueError: return small, "torch"
 
 # %% ../../../nbs/frontier/job.ipynb #1e597ae1
 def measure(
@@ -236,12 +236,12 @@ def measure(
         p = bits if isinstance(bits, dict) else None if bits == 16 else uniform(model, bits, s.group if group is None else group, s.quantizer, embed_bits or s.embed_bits)
         size = _ship(model, folder, p, s, text)
         small = load(folder)
-        bpb, threads = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads()
+        bpb, threads, (fastest, engine) = bits_per_byte(small, text.windows, text.nbytes), torch.get_num_threads(), _runner(folder, small, bits)
         torch.set_num_threads(1)
-        try: speed = decode_speed(_runner(folder, small, bits))
+        try: speed = decode_speed(fastest)
         finally: torch.set_num_threads(threads)
         return Point(name=name, parameters=small.shape.parameters, **_columns(p, model), model_bytes=size, bpb=bpb, bpb_macro=macro(bpb),
-            decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, **record)
+            decode_tokens_per_s=speed, decode_prompt_tokens=32, decode_new_tokens=64, threads=1, decode_engine=engine, **record)
     except (ValueError, RuntimeError, OSError, MemoryError) as e: return Point(name=name, bits=None if isinstance(bits, dict) else float(bits), failed=str(e) or type(e).__name__, **record)
 
 # %% ../../../nbs/frontier/job.ipynb #0ebf7bb6
