@@ -64,10 +64,12 @@ def test_browser_explorer_follows_its_control(name, lab, chromium):
     page.locator('.jp-OutputArea-output .widget-vbox').first.scroll_into_view_if_needed()
     page.wait_for_function(f"() => {DATA}.length > 100")
     before = page.evaluate(DATA)
-    handle = page.locator(".jp-OutputArea-output .widget-vbox .noUi-handle").first
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    for _ in range(4): page.keyboard.press("ArrowLeft")
+    sliders, lists = (page.locator(f".jp-OutputArea-output .widget-vbox {c}") for c in (".noUi-target:not([disabled]) .noUi-handle", "select:enabled"))
+    if sliders.count():
+        sliders.first.scroll_into_view_if_needed()
+        sliders.first.focus()
+        for _ in range(4): page.keyboard.press("ArrowLeft")
+    else: lists.first.select_option(index=0)
     page.wait_for_function(f"was => {DATA} !== was", arg=before, timeout=60_000)
     page.wait_for_timeout(500)
     empty = page.evaluate(EMPTY)
