@@ -679,6 +679,7 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                          'paretolab.kernels.steps.Sketch.to_dense': ( 'kernels/steps.html#sketch.to_dense',
                                                                                       'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._call': ('kernels/steps.html#_call', 'paretolab/kernels/steps.py'),
+                                         'paretolab.kernels.steps._fits': ('kernels/steps.html#_fits', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._library': ('kernels/steps.html#_library', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._row': ('kernels/steps.html#_row', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._tall': ('kernels/steps.html#_tall', 'paretolab/kernels/steps.py'),

@@ -104,6 +104,13 @@ def apply(
     return True
 
 # %% ../../../nbs/kernels/steps.ipynb #c694cbbf
+def _fits(W, G, P, M, V, norm):
+    "Refuse a projection or a state of another matrix."
+    n, m, r, columns = *G.shape, len(P), (P.at if isinstance(P, Sketch) else P).shape[1]
+    if not isinstance(P, Sketch) and P.dtype != torch.float32: raise TypeError(f"a projection is float32 (got {P.dtype})")
+    if W.shape != G.shape or columns != m: raise ValueError(f"weights, gradient and projection have the same columns (got {tuple(W.shape)}, {tuple(G.shape)} and {columns})")
+    if M.shape != (n, r) or V.shape != (n, r) or norm.numel() != 1: raise ValueError(f"both moments are {(n, r)} and the norm is one number (got {tuple(M.shape)}, {tuple(V.shape)} and {tuple(norm.shape)})")
+
 def apollo(
     W:Tensor, # weights, (n, m), changed in place
     G:Tensor, # gradient, (n, m)
@@ -116,6 +123,7 @@ def apollo(
     "APOLLO's step of one matrix."
     if (tall := _tall(W, G)) is None or (lib := _library(W, G, *state)) is None or not all(t.is_contiguous() for t in state): return False
     (n, m), (β1, β2, ϵ, γ), P = G.shape, constants, draw()
+    _fits(W, G, P, *state)
     r, sums, table, row = len(P), G.new_empty(4, n), (None, None), None
     if r == 1: R, row = G.new_empty(n, 1), _row(P)
     elif isinstance(P, Sketch): R, table = G.new_empty(n, r), (P.at, P.sign)
