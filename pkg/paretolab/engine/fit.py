@@ -159,7 +159,8 @@ def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
     own = next((partial(h.losses, step) for h in hooks if hasattr(h, "losses")), losses)
-    whole = own(team.whole, tokens.to(team.device)) if accumulate == 1 == team.world else None           # a hook's weights may come from these losses
+    early = accumulate == 1 and not team.group and any(getattr(h, "losses_first", False) for h in hooks)     # a hook's weights come from these losses
+    whole = own(team.whole, tokens.to(team.device)) if early else None
     α = next((α for h in hooks if hasattr(h, "loss_weights") and (α := h.loss_weights(step, tokens, δ))), {})
     a = torch.tensor([α.get(d, 1.) for d in stream.domains])[δ]
     ℓ = team.gather(_gradient(team, team.share(tokens), accumulate, team.share(a), own if whole is None else lambda model, x: whole))
@@ -220,7 +221,7 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     "Refuse what cannot go on, or load what was left; the counts."
     try: json.dumps(held := [h.state_dict() for h in hooks if hasattr(h, "state_dict")])
     except TypeError as e: raise ValueError(f"a hook's state goes into the commits as JSON (got {held!r}: {e}); give numbers, text, lists and dicts") from None
-    if stream.batch % team.world: raise ValueError(f"every process takes as many sequences of a batch (got {stream.batch} for {team.world} processes); make the batch a multiple")
+    if team.world > 1 and stream.batch % team.world: raise ValueError(f"every process takes as many sequences of a batch (got {stream.batch} for {team.world} processes); make the batch a multiple")
     saved = _latest(team, run/"commits", optimizer)
     counts = _unpack(saved, team, optimizer, stream, hooks, made) if saved else dict(step=0, skipped=0, row=0)
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")

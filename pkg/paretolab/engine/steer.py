@@ -140,7 +140,7 @@ class Steer(_Requests):
         self.mixer, self.model, self.stream, self.windows, self.seed, self.reference, self.minibatch, self.kept = mixer, model, stream, windows, seed, reference, minibatch, kept
         self.state, self.open, self.asked, self.seen = mixer.init(stream.domains, stream.weights, seed), [], None, None
         self.run = dict(planned=0, told=[], left=0, before=None, kept={}); self._ask(mixer.weights(self.state))
-        if reference: self.losses = self._losses
+        if reference: self.losses, self.losses_first = self._losses, True
 
     def _losses(self, step, model, tokens): ℓ = _each(model, tokens); self.seen = (step, ℓ.detach()); return ℓ.mean(1)
     def loss_weights(self, step, tokens, domain):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import activations, native
-from .rows16 import Packed, _codes_of, levels, of_parts, pack, rows
+from .rows16 import Packed, _codes_of, levels, _of_parts, pack, rows
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
@@ -66,7 +66,7 @@ def _run(x, packed, path=None, threads=None):
 # %% ../../../nbs/kernels/product.ipynb #3243bedc
 @torch.library.custom_op("paretolab::product", mutates_args=())
 def _product(x:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
-    return _run(x, of_parts(data, scales, zeros, perm, table, grid, numbers, step))
+    return _run(x, _of_parts(data, scales, zeros, perm, table, grid, numbers, step))
 
 @_product.register_fake
 def _(x, data, scales, zeros, perm, table, grid, numbers, step): return x.new_empty(*x.shape[:-1], numbers[0])
@@ -79,7 +79,7 @@ def _backward(ctx, dy): return _back(dy, *ctx.saved_tensors, ctx.numbers, ctx.st
 
 @torch.library.custom_op("paretolab::product_back", mutates_args=())
 def _back(dy:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
-    return dy @ rows(of_parts(data, scales, zeros, perm, table, grid, numbers, step), torch.arange(numbers[0]))
+    return dy @ rows(_of_parts(data, scales, zeros, perm, table, grid, numbers, step), torch.arange(numbers[0]))
 
 @_back.register_fake
 def _(dy, data, scales, zeros, perm, table, grid, numbers, step): return dy.new_empty(*dy.shape[:-1], numbers[1])
