@@ -1,4 +1,4 @@
-"""Decoding from low-bit tensors against llama.cpp on the same weights, and what a low-bit head costs: bench/results/decode.json.
+"""Decoding from low-bit tensors against llama.cpp on the same weights, and what a low-bit head costs: bench/results/decode_avx2.json, or as the processor's instructions are called.
 CPU time of one thread, all in one process, taken in turns. Needs the extra `bench`."""
 import ctypes, json, platform, sys, tempfile, time
 from dataclasses import replace
@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np, torch
 try: import gguf, llama_cpp
 except ImportError as e: raise SystemExit(print(f"decode: left out, since {e.name} is not installed; it comes with the extra bench, as in `pip install -c constraints.txt paretolab[bench]`")) from None
+from kernels import PATHS
 from paretolab.engine.evaluate import bits_per_byte, macro
 from paretolab.engine.settings import Settings
 from paretolab.frontier.job import prepare
-from paretolab.kernels import native
+from paretolab.kernels import native, rows16
 from paretolab.models import hf
 from paretolab.models.decode import PackedLM
 from paretolab.models.generate import Cache, decode_speed
@@ -99,7 +100,7 @@ def theirs(peer, prompt):
     def start(): peer.clear(); return peer(prompt[0].tolist())
     return lambda: decoding(lambda token: peer([token]), start)
 
-lib, buffer = native.load(Path(__file__).parent/"read.cpp"), torch.ones(32_000_000, dtype=torch.int64)
+lib, buffer = native.load(Path(__file__).parent/"read.cpp"), rows16._memory(256_000_000).view(torch.int64).fill_(1)
 def read():
     "Seconds to read a byte, on one thread, the best of a few ways to read."
     def one(way):
@@ -161,4 +162,4 @@ with tempfile.TemporaryDirectory() as folder:
 cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
 result = dict(machine=platform.machine(), cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, llama_cpp_python=llama_cpp.__version__,
     system=llama_cpp.llama_print_system_info().decode(), prompt=PROMPT, new=NEW, rounds=ROUNDS, shapes=shapes, heads=heads())
-(Path(__file__).parent/"results"/"decode.json").write_text(json.dumps(result, indent=1) + "\n")
+(Path(__file__).parent/"results"/f"decode_{PATHS[native.load('product.cpp').best_path()]}.json").write_text(json.dumps(result, indent=1) + "\n")

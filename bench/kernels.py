@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from paretolab.kernels import native, product
+from paretolab.kernels import native, product, rows16
 from paretolab.quantizers.lowbit import LowBit
 
 warnings.simplefilter("ignore")
@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 HERE = Path(__file__).parent
 COLD, ROUNDS = 160_000_000, 11                           # bytes of distinct weights an engine walks through, and walks
+PATHS = "portable", "avx2", "avx512"                       # a file of results for each kind of processor
 SHAPES = (5632, 2048), (3584, 1280)                     # (m, k)
 GRIDS = {1: torch.tensor([-1., 1]), 1.58: torch.tensor([-1., 0, 1]), 2: torch.tensor([-1.5, -.5, .5, 1.5]), 3: torch.arange(-4, 4.), 4: torch.arange(-8, 8.), 8: torch.arange(-127, 128.)}
 
@@ -30,7 +31,7 @@ def ours(bits, group, m, k, M, path, cold):
     p, x, y = product.pack(q), torch.randn(M, k), torch.empty(M, m)
     assert torch.allclose(product._run(x[:1], p, path), product.naive(x[:1], q), atol=2e-3*k**.5)
     n = max(1, -(-cold//p.nbytes))
-    copies = [dataclasses.replace(p, data=p.data.clone(), scales=p.scales.clone()) for _ in range(n)]
+    copies = [dataclasses.replace(p, data=rows16._memory(p.data.nbytes).view_as(p.data).copy_(p.data), scales=p.scales.clone()) for _ in range(n)]   # as `pack` places them
     structs = [ctypes.byref(c.struct) for c in copies]
     lib, args = native.load("product.cpp"), (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(M), 1, path)
     def run(keep=(copies, x, y)):
@@ -153,25 +154,13 @@ def maybe(engines, name, make, *args):
     try: engines[name] = make(*args)
     except (ImportError, PackageNotFoundError, StopIteration, AttributeError) as e: print(f"{name} is not measured: {e}")
 
-HELD = dict(ONEDNN_MAX_CPU_ISA="AVX2", FBGEMM_ENABLE_INSTRUCTIONS="AVX2")   # words of the 8-bit libraries that keep them from newer instructions
-
-def held_to_avx2():
-    "The products with 256 rows where no engine uses more than AVX2; the last line printed is the result."
-    lib, big, ratios = native.load(HERE/"read.cpp"), torch.ones(COLD//8, dtype=torch.int64), []
-    for m, k in SHAPES:
-        engines = {f"ours {b} {g or 'row'}": ours(b, g, m, k, 256, 1, 0) for b, g in ((2, 0), (4, 0), (4, 32))} | {f"torch qint8 {e}": qint8(e, m, k, 256, 0) for e in ("fbgemm", "onednn")}
-        _, times = compare(f"{m}x{k}, 256 rows, AVX2", engines, lib, big, m, k, 256)
-        ratios += [dict(m=m, k=k, M=256) | ratio(times, e, ["torch qint8 fbgemm", "torch qint8 onednn"]) for e in engines if e.startswith("ours")]
-    print(json.dumps(ratios))
-
 def main():
-    lib, big = native.load(HERE/"read.cpp"), torch.ones(COLD//8, dtype=torch.int64)
+    lib, big = native.load(HERE/"read.cpp"), rows16._memory(COLD).view(torch.int64).fill_(1)
     lib.multiply.restype = ctypes.c_int64
     best, result, W = native.load("product.cpp").best_path(), dict(gemv=[], gemm=[], ratios=[], roofline=[]), (1, 1.58, 2, 3, 4, 8)
     for m, k in SHAPES:
         engines = {}
-        for bits, group in [(b, 0) for b in W] + [(2, 32), (3, 32), (4, 32), (4, 128)]:
-            for path in range(1, best + 1): engines[f"ours {bits} {'row' if not group else group}{'' if path == 2 else ' AVX2'}"] = ours(bits, group, m, k, 1, path, COLD)
+        for bits, group in [(b, 0) for b in W] + [(2, 32), (3, 32), (4, 32), (4, 128)]: engines[f"ours {bits} {group or 'row'}"] = ours(bits, group, m, k, 1, best, COLD)
         for kind in ("TQ2_0", "TQ1_0", "Q1_0", "Q2_K", "Q3_K", "Q8_0"): maybe(engines, f"ggml {kind}", ggml, kind, False, m, k, 1, COLD)
         for kind in ("Q4_0", "Q4_K"): maybe(engines, f"ggml {kind} repacked", ggml, kind, True, m, k, 1, COLD)
         for bits, group in ((2, 128), (4, 32), (4, 128)): maybe(engines, f"onnxruntime {bits} {group}", onnx, bits, group, m, k, 1, COLD)
@@ -180,31 +169,23 @@ def main():
         part, times = compare(f"{m}x{k}, 1 row", engines, lib, big, m, k, 1)
         result["gemv"].append(part)
         fours = ["ggml Q4_0 repacked", "onnxruntime 4 32", "onnxruntime 4 128"]
-        for tail in ("", " AVX2"):
-            for mine, theirs in (("2 row", ["ggml TQ2_0"]), ("1.58 row", ["ggml TQ2_0"]), ("2 32", ["ggml TQ2_0"]), ("4 row", fours), ("4 32", fours[:2]), ("4 128", fours[2:]), ("3 row", ["ggml Q3_K"]), ("3 32", ["ggml Q3_K"]), ("1 row", ["ggml Q1_0"])):
-                theirs = [t for t in theirs if t in engines]
-                if theirs and f"ours {mine}{tail}" in engines: result["ratios"].append(dict(m=m, k=k, M=1) | ratio(times, f"ours {mine}{tail}", theirs))
+        for mine, theirs in (("2 row", ["ggml TQ2_0"]), ("1.58 row", ["ggml TQ2_0"]), ("2 32", ["ggml TQ2_0"]), ("4 row", fours), ("4 32", fours[:2]), ("4 128", fours[2:]), ("3 row", ["ggml Q3_K"]), ("3 32", ["ggml Q3_K"]), ("1 row", ["ggml Q1_0"])):
+            if theirs := [t for t in theirs if t in engines]: result["ratios"].append(dict(m=m, k=k, M=1) | ratio(times, f"ours {mine}", theirs))
         engines = {}
-        for bits, group in ((2, 0), (4, 0), (2, 32), (4, 32), (8, 0)):
-            for path in range(1, best + 1): engines[f"ours {bits} {'row' if not group else group}{'' if path == 2 else ' AVX2'}"] = ours(bits, group, m, k, 256, path, 0)
+        for bits, group in ((2, 0), (4, 0), (2, 32), (4, 32), (8, 0)): engines[f"ours {bits} {group or 'row'}"] = ours(bits, group, m, k, 256, best, 0)
         maybe(engines, "ggml TQ2_0", ggml, "TQ2_0", False, m, k, 256, 0)
         maybe(engines, "ggml Q4_0 repacked", ggml, "Q4_0", True, m, k, 256, 0)
         for bits in (4, 8): maybe(engines, f"onnxruntime {bits} 128", onnx, bits, 128, m, k, 256, 0)
         for e in ("fbgemm", "onednn"): engines[f"torch qint8 {e}"] = qint8(e, m, k, 256, 0)
         part, times = compare(f"{m}x{k}, 256 rows", engines, lib, big, m, k, 256)
         result["gemm"].append(part)
-        for mine in ("2 row", "4 row", "4 32"):
-            for tail in ("", " AVX2"):
-                if f"ours {mine}{tail}" in engines: result["ratios"].append(dict(m=m, k=k, M=256) | ratio(times, f"ours {mine}{tail}", ["torch qint8 fbgemm", "torch qint8 onednn"]))
+        for mine in ("2 row", "4 row", "4 32"): result["ratios"].append(dict(m=m, k=k, M=256) | ratio(times, f"ours {mine}", ["torch qint8 fbgemm", "torch qint8 onednn"]))
         for bits in (1, 2, 4, 8):
             for M in (1, 2, 4, 16, 64, 256):
                 size, n, run = ours(bits, 0, m, k, M, best, COLD if M < 8 else COLD//4)
                 t = median([seconds(run)/n for _ in range(3)])
                 result["roofline"].append(dict(m=m, k=k, bits=bits, M=M, bytes=size + 4*M*(m + k), operations=2*m*k*M, us=round(1e6*t, 1)))
     for r in result["ratios"]: print(f"{r['m']}x{r['k']}, {r['M']:>3} rows: {r['ours']:>18} is {r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f}) times the speed of {r['best']}, the best of {', '.join(r['peers'])}")
-    held = subprocess.run([sys.executable, __file__, "avx2"], env=os.environ | HELD, stdout=subprocess.PIPE, text=True, check=True).stdout
-    result["held_to_avx2"] = dict(environment=HELD, ratios=json.loads(held.splitlines()[-1]))
-    for r in result["held_to_avx2"]["ratios"]: print(f"{r['m']}x{r['k']}, 256 rows, everybody held to AVX2: {r['ours']} is {r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f}) times {r['best']}")
     ops = lambda: 2*lib.multiply(ctypes.c_int64(1_000_000))
     peak = median([ops()/seconds(ops) for _ in range(5)])
     result["peak_gop_per_s"] = round(peak/1e9, 1)
@@ -227,6 +208,6 @@ def main():
     result |= dict(cold_bytes=COLD, rounds=ROUNDS, best_path=best, torch=torch.__version__, onnxruntime=of("onnxruntime"), llama_cpp_python=of("llama-cpp-python"), machine=platform.machine(),
         capability=torch.backends.cpu.get_cpu_capability(), cpu=next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor()), compiler=subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip())
     print({k: v for k, v in result.items() if k in ("peak_gop_per_s", "packing", "round_activations_us", "compile")})
-    (HERE/"results"/"kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    (HERE/"results"/f"kernels_{PATHS[best]}.json").write_text(json.dumps(result, indent=1) + "\n")
 
-if __name__ == "__main__": held_to_avx2() if sys.argv[1:] == ["avx2"] else main()
+if __name__ == "__main__": main()

@@ -34,8 +34,15 @@ class Case:
     aligned:tuple[str,...]=() # integer arguments that are multiples of 16
     targets:tuple[str,...]=tuple(TARGETS) # names of targets it is meant for
 
-# %% ../../../nbs/kernels/aot.ipynb #67e61807
+# %% ../../../nbs/kernels/aot.ipynb #88b234ab
+def _check(case):
+    "Refuse what Triton would stumble over in its own words."
+    if not isinstance(case.kernel, JITFunction): raise TypeError(f"a case takes a kernel decorated with @triton.jit, outside the interpreter (got {case.kernel!r})")
+    for n,t in case.types.items():
+        if not isinstance(t, str) or not re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|bf16|fp(16|32|64|8e\w+))", t): raise ValueError(f"the type of {n} is written as Triton writes it, such as *bf16, fp32 or i32 (got {t!r})")
+
 def _source(case):
+    _check(case)
     k = case.kernel
     if missing := set(k.arg_names) ^ (case.types.keys() | case.constants.keys()): raise ValueError(f"a case names each argument of {k.fn.__name__} once, as a type or a constant (not so: {', '.join(sorted(missing))})")
     even = [i for i, n in enumerate(k.arg_names) if case.types.get(n, "").startswith("*") or n in case.aligned]
@@ -138,14 +145,15 @@ def _remembered(module, kernel, case, target):
     part.replace(file)
     return r
 
-# %% ../../../nbs/kernels/aot.ipynb #d7e8e2a4
+# %% ../../../nbs/kernels/aot.ipynb #31c52a77
 def reports(
     jobs:list[tuple[Case,str]], # cases of importable kernels, each with the name of a target
-    processes:int=2, # how many compile at a time
+    processes:int=2, # how many compile at a time; with more than one, a script calls this under `if __name__ == "__main__":`
 )->list[Report]: # in the order of the jobs
     "Dissect many cases, remembering each."
+    for c, _ in jobs: _check(c)
     args = [(c.kernel.fn.__module__, c.kernel.fn.__name__, replace(c, kernel=None), t) for c, t in jobs]
-    missing = [a for a, (c, t) in zip(args, jobs) if not _file(key(c, t)).exists()]
+    missing = [a for a, (c, t) in zip(args, jobs) if a[0] != "__main__" and not _file(key(c, t)).exists()]   # another process has another __main__
     if min(len(missing), processes) > 1:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool: list(pool.map(_remembered, *zip(*missing)))
     return [_remembered(*a) for a in args]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['place', 'levels', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/rows16.ipynb #eab2f077
-import ctypes, torch
+# %% ../../../nbs/kernels/rows16.ipynb #0147009f
+import ctypes, mmap, torch
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 from torch import Tensor
@@ -100,7 +100,7 @@ def _check(p):
             raise ValueError(f"{name} of a packed matrix of {m} × {k} has to be {dtype} of shape {shape}, contiguous, on the processor (got {t.dtype} of shape {tuple(t.shape)} on {t.device})")
     if p.perm is not None and k and not torch.equal(p.perm.sort().values, torch.arange(k, dtype=torch.int32)): raise ValueError(f"perm has to hold each column from 0 to {k - 1} once (got numbers from {int(p.perm.min())} to {int(p.perm.max())})")
 
-# %% ../../../nbs/kernels/rows16.ipynb #9148a25b
+# %% ../../../nbs/kernels/rows16.ipynb #4c1e204a
 @dataclass(frozen=True, eq=False, repr=False)
 class Packed:
     "A low-bit matrix in the packing `rows16`, ready for products."
@@ -119,6 +119,7 @@ class Packed:
     layout:str="rows16"
     version:int=1
 
+    def __getstate__(self): return {n: t.clone() if isinstance(t, Tensor) else t for n,t in self.__dict__.items()}  # not the whole memory that others share
     def __repr__(self): return f"Packed({self.shape[0]}×{self.shape[1]}, width={self.width}, group={self.group}, {self.nbytes} bytes)"
     @property
     def nbytes(self)->int: # exact
@@ -139,7 +140,19 @@ class Packed:
             _structs[self] = pointers, s
         return s
 
-# %% ../../../nbs/kernels/rows16.ipynb #527e10ce
+# %% ../../../nbs/kernels/rows16.ipynb #c3cc5f55
+_PAGE = 1 << 21
+
+def _memory(nbytes):
+    "Zeroed bytes, in pages of 2 MB if they are many and the system has such pages."
+    if nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"): return torch.zeros(nbytes, dtype=torch.uint8)
+    m = mmap.mmap(-1, nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try: m.madvise(mmap.MADV_HUGEPAGE)
+    except OSError: pass                                # a system built without them
+    t = torch.frombuffer(m, dtype=torch.uint8)
+    return t[-t.data_ptr() % _PAGE:][:nbytes]
+
+# %% ../../../nbs/kernels/rows16.ipynb #1c589eae
 def _place(codes, width, group):
     "Codes (m, k) to `data`, groups and rows padded: in C++, or by the definition."
     (m, k), blocks, T = codes.shape, -(-group//_COLUMNS), -(-len(codes)//_ROWS)
@@ -147,7 +160,8 @@ def _place(codes, width, group):
     if lib is None:
         codes = pad(codes.view(m, k//group, group), (0, blocks*_COLUMNS - group)).flatten(1)
         return place(pad(codes, (0, 0, 0, T*_ROWS - m)), width)
-    data, size = torch.zeros(T, k//group*blocks*64*width, dtype=torch.uint8), [ctypes.c_int64(n) for n in (m, k, group)]
+    w = k//group*blocks*64*width
+    data, size = _memory(T*w).view(T, w), [ctypes.c_int64(n) for n in (m, k, group)]
     lib.place(ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(data.data_ptr()), *size, width)
     return data
 

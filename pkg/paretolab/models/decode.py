@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PackedLM', 'naive', 'load', 'stream', 'write']
 
-# %% ../../../nbs/models/decode.ipynb #778dd394
+# %% ../../../nbs/models/decode.ipynb #e3d8d667
 import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..kernels import native
-from ..kernels.rows16 import Packed, pack, rows
+from ..kernels.rows16 import Packed, _memory, pack, rows
 
-# %% ../../../nbs/models/decode.ipynb #2c7682cb
+# %% ../../../nbs/models/decode.ipynb #840db820
 @dataclass(frozen=True, eq=False, repr=False)
 class _Block:
     "Matrices and norms of a block."
@@ -45,9 +45,22 @@ def _parts(shape, state):
         try: parts[n] = nn.RMSNorm(shape.dim, shape.eps) if isinstance(t, Tensor) else pack(_whole(t))
         except ValueError as e: raise ValueError(f"{n}: {e}") from e
         if isinstance(t, Tensor): parts[n].weight = nn.Parameter(t.float().clone(), requires_grad=False)
+    return _together(parts)
+
+def _together(parts):
+    "All codes and scales in one piece of memory, in large pages."
+    moved = {n: [t for t in ("data", "scales", "zeros") if getattr(p, t) is not None] for n,p in parts.items() if isinstance(p, Packed)}
+    room = lambda t: -(-t.nbytes//64)*64                                        # each from the start of a line
+    memory, at = _memory(sum(room(getattr(parts[n], t)) for n, names in moved.items() for t in names)), 0
+    for n, names in moved.items():
+        new = {}
+        for t in names:
+            old = getattr(parts[n], t)
+            new[t] = memory[at:at + old.nbytes].view(old.dtype).view(old.shape).copy_(old); at += room(old)
+        parts[n] = replace(parts[n], **new)                                     # what it was before is freed
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #b02baa94
+# %% ../../../nbs/models/decode.ipynb #474bf935
 class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
@@ -63,12 +76,12 @@ class PackedLM(nn.Module):
         angle = torch.outer(torch.arange(s.context), s.theta**(-torch.arange(0, s.head_dim, 2)/s.head_dim))
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
-        self._tensors = [t for p in parts.values() if isinstance(p, Packed) for t in (p.data, p.scales)]
+        self._matrices = [p for p in parts.values() if isinstance(p, Packed)]
         self._norms = [p._parameters for p in parts.values() if isinstance(p, nn.RMSNorm)]               # a weight may be replaced
         self._native = _native(self)
     def _addresses(self):
         "Where everything lies that C++ reads."
-        return [t.data_ptr() for t in self._tensors] + [n["weight"].data_ptr() for n in self._norms]
+        return [t.data_ptr() for p in self._matrices for t in (p.data, p.scales)] + [n["weight"].data_ptr() for n in self._norms]
     def _apply(self, fn, recurse=True): raise TypeError("a packed model stays on the processor and in its own types, where C++ reads it; make it anew from other tensors")
     def __getstate__(self): return self.__dict__ | dict(_native=None)           # addresses are of this process and these tensors
     def __setstate__(self, state):

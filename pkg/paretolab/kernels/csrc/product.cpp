@@ -5,7 +5,6 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -107,8 +106,11 @@ static void scalar(const Packed& p, int64_t tile, const Row* rows, int64_t M, fl
 }
 
 static inline void next_page(const uint8_t* d) { if (!(uintptr_t(d) & 4032)) __builtin_prefetch(d + 4096); }
+template <int w> static inline void ahead(const uint8_t* d) { __builtin_prefetch(d + (w < 4 ? 2048 : 1024)); }
 
 #if defined(__x86_64__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) // where it can run: elsewhere it would only take time to compile
+#define HAS_AVX512
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c,avx2")
 // acc += the four products of each 32-bit lane; written as assembly because GCC copies and spills the accumulators of its intrinsic
@@ -246,6 +248,7 @@ template <int tiles, bool zeros> static void strip512(const Packed& p, int64_t t
     for (int r = 0; r < R; r++) if (r < M) for (int t = 0; t < tiles; t++) store16(p, tile + t, f[r][t], rows[r].s, y + r * p.m);
 }
 #pragma GCC pop_options
+#endif
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -254,6 +257,9 @@ static inline __m256 value8(const void* v, int kind, int64_t i) {
     __m128i h = _mm_loadu_si128((const __m128i*)((const uint16_t*)v + i));
     return kind ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)) : _mm256_cvtph_ps(h);
 }
+
+// acc += pairs of products, in 16 bits; written as assembly because GCC, allowed to reorder the sums, keeps them in memory
+static inline void dot(__m256i& acc, __m256i codes, __m256i a) { asm("vpmaddubsw %2, %1, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "+x"(codes) : "x"(a)); }
 
 struct Scale8 { // of a group of eight rows
     __m256 s, z; __m128i shift; int32_t offset; bool zeros;
@@ -266,37 +272,38 @@ struct Scale8 { // of a group of eight rows
 };
 
 static inline void store8(const Packed& p, int64_t row, __m256 f, float s, float* y) {
-    __m256i keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(p.m - row < 8 ? p.m - row : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    _mm256_maskstore_ps(y + row, keep, _mm256_mul_ps(f, _mm256_set1_ps(s * p.step)));
+    f = _mm256_mul_ps(f, _mm256_set1_ps(s * p.step));
+    if (p.m - row >= 8) return _mm256_storeu_ps(y + row, f);             // a masked store takes much longer
+    __m256i keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(p.m - row)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    _mm256_maskstore_ps(y + row, keep, f);
 }
 
-// Sums of 16 bits of half a line: how many there are, and how many blocks they hold without overflow
-template <int w> struct Sums2 { static constexpr int n = w == 1 ? 4 : w == 4 ? 1 : 2, blocks = w == 1 ? 8 : w == 2 ? 2 : 1; __m256i of[2][n]; };
-template <> struct Sums2<0> { static constexpr int blocks = 8; };
+// Sums of 16 bits of half a line: how many planes share one, and how many blocks they hold without overflow
+template <int w> struct Sums2 { static constexpr int n = w == 1 || w == 8 ? 2 : 1, blocks = w == 1 ? 16 : w == 2 ? 5 : 1; __m256i of[2][n]; };
+template <> struct Sums2<0> { static constexpr int blocks = 16; };
 
 template <int w> static inline void clear2(Sums2<w>& s) { if constexpr (w) for (auto& half : s.of) for (auto& v : half) v = _mm256_setzero_si256(); }
 
 template <int w> static inline void block2(const uint8_t*& d, const int8_t* a, Sums2<w>& s) {
-    if constexpr (w) for (int l = 0; l < w; l++, d += 64, a += 32 / w) {
-        next_page(d);
-        for (int h = 0; h < 2; h++) {
-            __m256i v = _mm256_loadu_si256((const __m256i*)d + h), v4 = _mm256_srli_epi16(v, 4);
-            auto add = [&](int n, __m256i c, int t) __attribute__((always_inline, target("avx2,fma,f16c"))) {
-                int32_t four; memcpy(&four, a + 4 * t, 4);
-                s.of[h][n] = _mm256_add_epi16(s.of[h][n], _mm256_maddubs_epi16(c, _mm256_set1_epi32(four)));
-            };
-            auto mask = [&](__m256i c, int bits) __attribute__((always_inline, target("avx2,fma,f16c"))) { return _mm256_and_si256(c, _mm256_set1_epi8(char(bits))); };
-            if constexpr (w == 8) { add(0, mask(v, 15), 0); add(1, mask(v4, 15), 0); }
-            else for (int n = 0; n < 4 / w; n++) { add(n, mask(v, ((1 << w) - 1) << w * n), n); add(n, mask(v4, ((1 << w) - 1) << w * n), n + 4 / w); }
+    constexpr int n = Sums2<w>::n, planes = w == 8 ? 2 : 8 / w, bits = w == 8 ? 4 : w; // a byte of 8 bits is two pieces of 4 with the same activation
+    for (int l = 0; l < w; l++, d += 64, a += 32 / w) {
+        ahead<w>(d);
+        for (int t = 0; t < planes; t++) {
+            int32_t four; memcpy(&four, a + (w == 8 ? 0 : 4 * t), 4);
+            for (int h = 0; h < 2; h++) {
+                const int j = t % n, shift = w == 8 ? 4 * t : w * (t - j);
+                __m256i v = _mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)d + h), shift), mask = _mm256_set1_epi8(char(((1 << bits) - 1) << (w == 8 ? 0 : w * j)));
+                dot(s.of[h][j], _mm256_and_si256(v, mask), _mm256_set1_epi32(four));
+            }
         }
     }
 }
 
 template <int w> static inline __m256i total2(const Sums2<w>& s, int h) {
-    __m256i i = s.of[h][0];
-    if constexpr (w == 8) return _mm256_add_epi32(_mm256_madd_epi16(i, _mm256_set1_epi16(1)), _mm256_madd_epi16(s.of[h][1], _mm256_set1_epi16(16)));
-    for (int n = 1; n < Sums2<w>::n; n++) i = _mm256_add_epi16(i, _mm256_srai_epi16(s.of[h][n], w * n));
-    return _mm256_madd_epi16(i, _mm256_set1_epi16(1));
+    const __m256i one = _mm256_set1_epi16(1);
+    if constexpr (w == 8) return _mm256_add_epi32(_mm256_madd_epi16(s.of[h][0], one), _mm256_madd_epi16(s.of[h][1], _mm256_set1_epi16(16)));
+    else if constexpr (w == 1) return _mm256_madd_epi16(_mm256_add_epi16(s.of[h][0], _mm256_srai_epi16(s.of[h][1], 1)), one);
+    else return _mm256_madd_epi16(s.of[h][0], one);
 }
 
 template <int w0, int w1> static void one256(const Packed& p, int64_t tile, const Row* rows, int64_t M, float* y, uint8_t*) {
@@ -310,7 +317,7 @@ template <int w0, int w1> static void one256(const Packed& p, int64_t tile, cons
             for (int64_t left = p.blocks(); left > 0; left -= N) {
                 Sums2<w0> s0; Sums2<w1> s1;
                 clear2(s0); clear2(s1);
-                for (int64_t b = left < N ? left : N; b > 0; b--, a += 32) { block2(d, a, s0); block2(d, a, s1); }
+                for (int64_t b = left < N ? left : N; b > 0; b--, a += 32) { block2(d, a, s0); if constexpr (w1) block2(d, a, s1); }
                 for (int h = 0; h < 2; h++) {
                     i[h] = _mm256_add_epi32(i[h], total2(s0, h));
                     if constexpr (w1) i[h] = _mm256_add_epi32(i[h], _mm256_slli_epi32(total2(s1, h), w0));
@@ -330,7 +337,7 @@ static void table256(const Packed& p, int64_t tile, const Row* rows, int64_t M, 
         __m256 f[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int64_t g = 0; g < p.groups; g++) {
             __m256i i[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            for (int64_t n = 0; n < p.blocks() * 4; n++, d += 64, a += 8, next_page(d)) for (int h = 0; h < 2; h++) {
+            for (int64_t n = 0; n < p.blocks() * 4; n++, d += 64, a += 8, ahead<4>(d)) for (int h = 0; h < 2; h++) {
                 __m256i v = _mm256_loadu_si256((const __m256i*)d + h);
                 for (int t = 0; t < 2; t++) {
                     int32_t four; memcpy(&four, a + 4 * t, 4);
@@ -344,51 +351,62 @@ static void table256(const Packed& p, int64_t tile, const Row* rows, int64_t M, 
     }
 }
 
-// Dot products of 16 rows with R activations over 32 columns, in 16 bits: `part` 0 and 1 are the halves of bytes above 15
-template <int R, bool wide> static inline void dots256(const uint8_t* q, const Row* rows, int64_t column, int part, __m256i (*out)[2]) {
-    __m256i s[R][2];
+static constexpr int R256 = 4; // rows of activations at a time
+
+// Dot products of 16 rows with R256 activations over 32 columns, in 16 bits: `part` 0 and 1 are the halves of bytes above 15
+template <bool wide> static inline void dots256(const uint8_t* q, const Row* rows, int64_t column, int part, int shift, __m256i (*out)[2]) {
+    __m256i s[R256][2];
     #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
+    for (int r = 0; r < R256; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
+    #pragma GCC unroll 1 // unrolled, it is slower in short groups
     for (int n = 0; n < 8; n++, q += 64, column += 4) {
         __m256i c0 = _mm256_loadu_si256((const __m256i*)q), c1 = _mm256_loadu_si256((const __m256i*)q + 1);
         if (wide && part) { c0 = _mm256_srli_epi16(c0, 4); c1 = _mm256_srli_epi16(c1, 4); }
         if (wide) { c0 = _mm256_and_si256(c0, _mm256_set1_epi8(15)); c1 = _mm256_and_si256(c1, _mm256_set1_epi8(15)); }
         #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < R256; r++) {
             int32_t four; memcpy(&four, rows[r].a + column, 4);
             __m256i v = _mm256_set1_epi32(four);
-            s[r][0] = _mm256_add_epi16(s[r][0], _mm256_maddubs_epi16(c0, v));
-            s[r][1] = _mm256_add_epi16(s[r][1], _mm256_maddubs_epi16(c1, v));
+            dot(s[r][0], c0, v); dot(s[r][1], c1, v);
         }
     }
-    const __m256i weight = _mm256_set1_epi16(part ? 16 : 1);
+    const __m256i weight = _mm256_set1_epi16(short((part ? 16 : 1) << shift));
     #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) for (int h = 0; h < 2; h++) out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(s[r][h], weight));
+    for (int r = 0; r < R256; r++) for (int h = 0; h < 2; h++) out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(s[r][h], weight));
 }
 
-template <int R, bool wide> static void strip256(const Packed& p, int64_t tile, const uint8_t* q, const Row* rows, int64_t M, float* y) {
-    __m256 f[R][2];
+template <bool wide> static void strip256(const Packed& p, int64_t tile, const uint8_t* q, const Row* rows, int64_t M, float* y) {
+    __m256 f[R256][2];
     for (auto& row : f) row[0] = row[1] = _mm256_setzero_ps();
-    const int n = M < R ? M : R;
     int64_t column = 0;
     for (int64_t g = 0; g < p.groups; g++) {
-        __m256i i[R][2];
-        for (auto& row : i) row[0] = row[1] = _mm256_setzero_si256();
-        for (int64_t b = 0; b < p.blocks(); b++, q += 512, column += 32) for (int part = 0; part <= wide; part++) dots256<R, wide>(q, rows, column, part, i);
+        __m256i i[R256][2];
+        for (int r = 0; r < R256; r++) i[r][0] = i[r][1] = _mm256_set1_epi32(rows[r].oA[g]);
+        for (int64_t b = 0; b < p.blocks(); b++, q += 512, column += 32) for (int part = 0; part <= wide; part++) dots256<wide>(q, rows, column, part, p.shift, i);
         for (int h = 0; h < 2; h++) {
-            Scale8 scale(p, (tile * p.groups + g) * 16 + 8 * h);
-            for (int r = 0; r < n; r++) f[r][h] = scale.add(i[r][h], rows[r].A[g], f[r][h]);
+            const int64_t at = (tile * p.groups + g) * 16 + 8 * h;
+            const __m256 s = value8(p.scales, p.kind, at);
+            for (int r = 0; r < R256; r++) f[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(i[r][h]), s, f[r][h]);
+            if (!p.zeros) continue;
+            const __m256 z = value8(p.zeros, p.kind, at);
+            for (int r = 0; r < R256; r++) f[r][h] = _mm256_fmadd_ps(_mm256_set1_ps(float(rows[r].A[g])), z, f[r][h]);
         }
     }
-    for (int r = 0; r < n; r++, y += p.m) for (int h = 0; h < 2; h++) store8(p, tile * 16 + 8 * h, f[r][h], rows[r].s, y);
+    for (int r = 0; r < R256 && r < M; r++, y += p.m) for (int h = 0; h < 2; h++) store8(p, tile * 16 + 8 * h, f[r][h], rows[r].s, y);
 }
 #pragma GCC pop_options
 #endif
 
+struct Work { // what several threads call
+    void (*call)(const void*); const void* f;
+    template <class F> Work(const F& f) : call([](const void* f) { (*(const F*)f)(); }), f(&f) {}
+    void operator()() const { call(f); }
+};
+
 class Team {
     std::mutex one, m;
     std::condition_variable go, done;
-    const std::function<void()>* work = nullptr;
+    const Work* work = nullptr;
     int hired = 0, want = 0, at_work = 0;
     int64_t job = 0;
     const pid_t owner = getpid();
@@ -403,7 +421,7 @@ class Team {
         }
     }
 public:
-    void run(int threads, const std::function<void()>& f) {
+    void run(int threads, const Work& f) {
         std::unique_lock<std::mutex> only(one, std::try_to_lock);
         if (threads < 2 || !only) return f();
         {
@@ -433,7 +451,10 @@ extern "C" int best_path() {
 #if defined(__x86_64__)
     auto all = [](auto... s) { return (s && ...); };
     if (!all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c"))) return 0;
-    return all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vnni"), __builtin_cpu_supports("avx512vbmi")) ? 2 : 1;
+#ifdef HAS_AVX512
+    if (all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vnni"), __builtin_cpu_supports("avx512vbmi"))) return 2;
+#endif
+    return 1;
 #else
     return 0;
 #endif
@@ -442,9 +463,11 @@ extern "C" int best_path() {
 using Gemv = void (*)(const Packed&, int64_t, const Row*, int64_t, float*, uint8_t*);
 
 static Gemv gemv(const Packed& p, int path) {
-#if defined(__x86_64__)
+#ifdef HAS_AVX512
     if (path == 2) return p.table ? one512<4, 0, true> : p.width == 1 ? one512<1, 0, false> : p.width == 2 ? one512<2, 0, false> : p.width == 3 ? one512<2, 1, false>
         : p.width == 4 ? one512<4, 0, false> : p.width == 6 ? one512<4, 2, false> : one512<8, 0, false>;
+#endif
+#if defined(__x86_64__)
     if (path == 1) return p.table ? table256 : p.width == 1 ? one256<1, 0> : p.width == 2 ? one256<2, 0> : p.width == 3 ? one256<2, 1>
         : p.width == 4 ? one256<4, 0> : p.width == 6 ? one256<4, 2> : one256<8, 0>;
 #endif
@@ -452,7 +475,7 @@ static Gemv gemv(const Packed& p, int path) {
 }
 
 static void multiply(const Packed& p, const float* x, float* y, int64_t M, int threads, int path) {
-    const int64_t K = p.columns(), few = 3, R = path == 2 ? 6 : 4;
+    const int64_t K = p.columns(), few = 3, R = path == 2 ? 6 : R256;
     const bool many = path > 0 && M > few && (path == 1 || p.width < 8 || !p.shift);
     static thread_local std::vector<int8_t> a;
     static thread_local std::vector<int32_t> sums;
@@ -476,13 +499,17 @@ static void multiply(const Packed& p, const float* x, float* y, int64_t M, int t
         try { if (many || path == 0) scratch.resize(pair * K * 16); } catch (const std::bad_alloc&) { full = true; return; }
         for (int64_t t0; (t0 = next.fetch_add(chunk)) < T;) for (int64_t t = t0; t < T && t < t0 + chunk; t += pair) {
             if (!many) { f(p, t, row, M, y, scratch.data()); continue; }
-#if defined(__x86_64__)
-            const bool two = pair == 2 && t + 1 < T;
-            for (int e = 0; e <= two; e++) (path == 2 ? panel512 : panel)(p, t + e, scratch.data() + e * K * 16);
-            for (int64_t r = 0; r < M; r += R) {
-                if (path == 2) (p.zeros ? two ? strip512<2, true> : strip512<1, true> : two ? strip512<2, false> : strip512<1, false>)(p, t, scratch.data(), row + r, M - r, y + r * p.m);
-                else (p.width > 4 || p.table ? strip256<4, true> : strip256<4, false>)(p, t, scratch.data(), row + r, M - r, y + r * p.m);
+#ifdef HAS_AVX512
+            if (path == 2) {
+                const bool two = pair == 2 && t + 1 < T;
+                for (int e = 0; e <= two; e++) panel512(p, t + e, scratch.data() + e * K * 16);
+                for (int64_t r = 0; r < M; r += R) (p.zeros ? two ? strip512<2, true> : strip512<1, true> : two ? strip512<2, false> : strip512<1, false>)(p, t, scratch.data(), row + r, M - r, y + r * p.m);
+                continue;
             }
+#endif
+#if defined(__x86_64__)
+            panel(p, t, scratch.data());
+            for (int64_t r = 0; r < M; r += R) (p.width > 4 || p.table ? strip256<true> : strip256<false>)(p, t, scratch.data(), row + r, M - r, y + r * p.m);
 #endif
         }
     };

@@ -26,13 +26,13 @@ template <int b> static void row(const uint8_t* p, uint8_t* q, int64_t C) {
 }
 
 static const struct Trits {
-    uint8_t of[256][5];
+    uint8_t of[256][8] = {}; // five digits, and room to be copied eight at a time
     Trits() { for (int v = 0; v < 256; v++) for (int k = 0, w = v; k < 5; k++, w /= 3) of[v][k] = w % 3; }
 } trits;
 
 static void trit_row(const uint8_t* p, uint8_t* q, int64_t C) {
-    for (; C >= 5; C -= 5, p++, q += 5) for (int k = 0; k < 5; k++) q[k] = trits.of[*p][k];
-    for (int k = 0; k < C; k++) q[k] = trits.of[*p][k];
+    for (; C >= 8; C -= 5, p++, q += 5) memcpy(q, trits.of[*p], 8); // the last three are written over by the next
+    for (; C > 0; C -= 5, p++, q += 5) memcpy(q, trits.of[*p], C < 5 ? C : 5);
 }
 
 extern "C" void unpack(const uint8_t* p, uint8_t* q, int64_t R, int64_t m, int64_t C, int b) {
