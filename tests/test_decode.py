@@ -1,5 +1,5 @@
 """Decoding from low-bit tensors: the same logits and text as the definition, streaming, the command, wrong input, two models at once."""
-import os, shutil, signal, subprocess, sys, threading
+import copy, os, shutil, signal, subprocess, sys, threading
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -207,6 +207,15 @@ def test_a_packed_model_stays_where_it_is_and_can_be_copied():
         c = Cache(s, 1, 8); change(c)
         with pytest.raises(ValueError, match="cache"): p(x, c)
 
+
+def test_matrices_share_memory_but_not_when_they_are_sent():
+    import pickle
+    s = Shape(vocab=64, dim=32, ff=48, layers=2, heads=2, kv_heads=1, context=16)
+    with torch.no_grad():
+        p, x = packed(s, 4)[0], torch.randint(64, (1, 8))
+        assert len({m.data.untyped_storage().data_ptr() for m in p._matrices} | {m.scales.untyped_storage().data_ptr() for m in p._matrices}) == 1
+        assert len(pickle.dumps(p._matrices[0])) < p._matrices[0].nbytes + 4000 < p.nbytes
+        assert len(sent := pickle.dumps(p)) < 2*p.nbytes + 40000 and torch.equal(pickle.loads(sent)(x), p(x)) and torch.equal(copy.deepcopy(p)(x), p(x))
 
 def test_tensors_that_move_are_found_again():
     "Pickling for another process, or sharing by hand, puts them elsewhere."

@@ -425,7 +425,9 @@ MUTANTS = [("product", "x[j] * r + 12582912.f) - 12582912.f", "x[j] * r + 125829
     ("product", "planes<2, 0>, 2); lines(planes<1, 2>, 1)", "planes<2, 0>, 2); lines(planes<1, 1>, 1)"), ("product", "h >> 15 ? -f : f", "f"), ("product", "n = (i << p.shift)", "n = i"), ("product", "_mm512_srai_epi32(row[t], w * t)", "_mm512_srai_epi32(row[t], w * t + 1)"),
     ("product", "_mm512_slli_epi32(total<w1, false>(s1), w0)", "total<w1, false>(s1)"), ("product", "for (auto& x : c) x = _mm512_shuffle_epi8(T, x)", ";"), ("product", "_mm512_sll_epi16(c[i], _mm_cvtsi32_si128(p.shift))", "c[i]"),
     ("product", "_mm512_set1_epi32(rows[r].oA[g])", "_mm512_set1_epi32(rows[r].A[g])"), ("product", "if (!zeros) continue;", "continue;"), ("product", "_mm512_set1_ps(float(rows[r].A[g]))", "_mm512_set1_ps(float(rows[0].A[g]))"), ("product", "n < 4 * (g + 1) * steps", "n < 4 * (g + 1) * steps - 4"),
-    ("product", "blocks = w == 1 ? 8 : w == 2 ? 2 : 1;", "blocks = w == 1 ? 8 : w == 2 ? 16 : 1;"), ("product", "_mm256_set1_epi16(part ? 16 : 1)", "_mm256_set1_epi16(1)"), ("product", "p.m - row < 8 ? p.m - row : 8", "8"), ("product", "left < 16 ? (1 << left) - 1 : 0xffff", "0xffff"),
+    ("product", "blocks = w == 1 ? 16 : w == 2 ? 5 : 1;", "blocks = w == 1 ? 16 : w == 2 ? 6 : 1;"), ("product", "blocks = w == 1 ? 16 : w == 2 ? 5 : 1;", "blocks = w == 1 ? 17 : w == 2 ? 5 : 1;"),
+    ("product", "short((part ? 16 : 1) << shift)", "short(1 << shift)"), ("product", "short((part ? 16 : 1) << shift)", "short(part ? 16 : 1)"), ("product", "if (p.m - row >= 8) return", "if (p.m > row) return"), ("product", "_mm256_set1_epi32(rows[r].oA[g])", "_mm256_set1_epi32(rows[r].A[g])"),
+    ("product", "_mm256_srai_epi16(s.of[h][1], 1)", "s.of[h][1]"), ("product", "w * (t - j)", "w * t"), ("product", "if (!p.zeros) continue;", "continue;"), ("product", "_mm256_set1_ps(float(rows[r].A[g]))", "_mm256_set1_ps(float(rows[0].A[g]))"), ("product", "left < 16 ? (1 << left) - 1 : 0xffff", "0xffff"),
     ("product", "(path == 1 || p.width < 8 || !p.shift)", "true"), ("product", "rows[r] = rows[M - 1]", "rows[r] = rows[0], rows[M - 1].s = 1"), ("product", "want = 0;", ""), ("rows16", "32 * (b + 1) <= group", "32 * b <= group"), ("rows16", "p.perm ? p.perm[j] : j", "j"), ("rows16", "tile * p.groups * blocks * 64 * p.width", "tile * blocks * 64 * p.width")]
 
 @compiler
@@ -438,6 +440,7 @@ def test_a_broken_product_is_seen(name, old, new, tmp_path):
     source = tmp_path/"pkg"/"paretolab"/"kernels"/"csrc"/f"{name}.cpp"
     text = source.read_text()
     assert old in text, "the mutant's line is gone: write it anew"
+    if name == "product" and text.index("#define HAS_AVX512") < text.index(old) < text.index('target("avx2,fma,f16c")') and native.load("product.cpp").best_path() < 2: pytest.skip("this processor does not run what was broken")
     source.write_text(text.replace(old, new))
     env = os.environ | dict(PYTHONPATH=str(tmp_path/"pkg"), PARETOLAB_CACHE=str(tmp_path/"cache"))
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__], env=env, capture_output=True, text=True, timeout=300)
