@@ -29,13 +29,13 @@ def _over(w, Δ):
     "w / Δ with a column for the group, and 0 where the scale is 0."
     return w / Δ.float().clamp_min(2**-24)[..., None]
 
-# %% ../../../nbs/quantizers/grids.ipynb #3efa3942
+# %% ../../../nbs/quantizers/grids.ipynb #5c680b40
 def symmetric(
     w:Tensor, # weights, (R, C)
     bits:int, # 2, 3, 4, 6 or 8
     group:int=0, # columns per scale, a divisor of C; 0 is the whole row
 )->LowBit:
-    "Round to all `2**bits` integers, one more of them below zero than above."
+    "Round to `2**bits` integers, one more of them below zero than above, as GPTQ's code does."
     x, n = _groups("symmetric", w, bits, group, (2, 3, 4, 6, 8)), 2**(bits-1)
     Δ = _up16(x.abs().amax(-1) * 2/(2*n - 1))
     q = _over(x, Δ).round().clamp(-n, n-1)

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['fold', 'rotate', 'orthogonal', 'cayley', 'learn']
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #54adb5ef
+# %% ../../../nbs/quantizers/spinquant.ipynb #d6eb09c2
 import torch
 from collections.abc import Callable
 from dataclasses import replace
 from torch import Tensor
 from torch.func import functional_call
 from ..models.mobilellm import MobileLLM
-from .hadamard import Hadamard
-from .lowbit import _expect, _what
+from .hadamard import Hadamard, _what
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #dea801b3
+# %% ../../../nbs/quantizers/spinquant.ipynb #9359b5b1
 @torch.no_grad()
 def fold(
     model:MobileLLM, # not changed; norms before the residual
 )->MobileLLM: # the same function, all norm weights 1, and a head of its own
     "Multiply the norms' weights into the matrices that follow them."
+    from paretolab.quantizers.lowbit import _expect
     _expect(model, MobileLLM, "a MobileLLM")
     if model.shape.post_ln: raise ValueError(f"a norm after the residual cannot be folded into the next matrix: the residual passes it too (got post_ln={model.shape.post_ln})")
     new = MobileLLM(replace(model.shape, tied=False)).to(model.embed.weight.dtype)
@@ -33,12 +33,13 @@ def fold(
     new.norm.weight.fill_(1)
     return new
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #333f5f1e
+# %% ../../../nbs/quantizers/spinquant.ipynb #729261ee
 def _square(R, n):
     if not isinstance(R, Tensor) or not R.is_floating_point() or R.shape != (n, n): raise ValueError(f"this rotation is of shape {(n, n)} (got {_what(R)})")
 
 def _check(model, R1, R2):
     "Refuse what is no folded model, or no rotations of it."
+    from paretolab.quantizers.lowbit import _expect
     _expect(model, MobileLLM, "a MobileLLM")
     if any((p != 1).any() for n, p in model.named_parameters() if "norm" in n): raise ValueError("a norm's weights do not commute with a rotation; `fold` the model first")
     if len(R2) not in (0, len(model.blocks)): raise ValueError(f"R2 is one rotation for each of {len(model.blocks)} blocks, or none (got {len(R2)})")
