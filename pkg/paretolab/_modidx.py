@@ -1622,6 +1622,8 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                           'paretolab/quantizers/hadamard.py'),
                                                'paretolab.quantizers.hadamard._sylvester': ( 'quantizers/hadamard.html#_sylvester',
                                                                                              'paretolab/quantizers/hadamard.py'),
+                                               'paretolab.quantizers.hadamard._what': ( 'quantizers/hadamard.html#_what',
+                                                                                        'paretolab/quantizers/hadamard.py'),
                                                'paretolab.quantizers.hadamard.orders': ( 'quantizers/hadamard.html#orders',
                                                                                          'paretolab/quantizers/hadamard.py'),
                                                'paretolab.quantizers.hadamard.paley': ( 'quantizers/hadamard.html#paley',

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['paley', 'orders', 'Hadamard', 'random_signs']
 
-# %% ../../../nbs/quantizers/hadamard.ipynb #a271ba99
+# %% ../../../nbs/quantizers/hadamard.ipynb #c809302d
 import warnings
 import torch
 from functools import cache
 from torch import Tensor
-from .lowbit import _what
 
 # %% ../../../nbs/quantizers/hadamard.ipynb #bb691e7e
 def paley(
@@ -43,6 +42,11 @@ def _sylvester(n): return torch.ones(1, 1) if n == 1 else torch.kron(_sylvester(
 
 @cache
 def _factor(m): return (_sylvester(m) if m & (m - 1) == 0 else paley(m)).double()/m**.5
+
+# %% ../../../nbs/quantizers/hadamard.ipynb #73176b8d
+def _what(x):
+    from paretolab.quantizers.lowbit import _what
+    return _what(x)
 
 # %% ../../../nbs/quantizers/hadamard.ipynb #8ab84b64
 class Hadamard:
