@@ -57,6 +57,7 @@ def test_the_whole_file_is_the_whole_model(more, tmp_path):
     seen = {t.name: same_rows(t.name, s)(reader.dequantize(t.data, t.tensor_type).reshape(tuple(int(x) for x in t.shape[::-1]))) for t in r.tensors}
     names = {n: ours._names(n, s) for n in state}
     assert sorted(itertools.chain(*names.values())) == sorted(seen)
+    assert int(r.fields["llama.block_count"].parts[-1][0]) == s.layers*s.repeat
     assert names["blocks.1.mlp.down.weight"] == [f"blk.{s.repeat + r}.ffn_down.weight" for r in range(s.repeat)]         # a shared block stands where it is called
     for n, v in values.items():
         for name in names[n]: assert np.array_equal(seen[name], v), name
