@@ -124,8 +124,9 @@ def test_a_folder_is_read_by_its_own_config(tmp_path):
     m = MobileLLM(replace(SMALL, ff=104, tied=False))
     with torch.no_grad():
         for p in m.parameters(): p.normal_()
-    entries = itertools.cycle([(4, 8, "grids.symmetric"), (4, 0, "absmax.quantize"), (2, 4, "grids.stretched"), (8, 8, "absmax.quantize"), (1.58, 0, "grids.ternary")])
+    entries = itertools.cycle([(4, 8, "grids.symmetric"), (1.58, 0, "grids.ternary"), (2, 4, "grids.stretched"), (8, 8, "absmax.quantize"), (4, 0, "absmax.quantize")])
     state = plan.compress(m, {n: (8, 8, "absmax.quantize") if n == "embed" else next(entries) for n in plan.uniform(m, 4)})
+    assert state["blocks.0.mlp.down.weight"].bits == 1.58                                  # rows of 208 bits, that end at 224
     rows, folder = compressed_tensors.table(state), compressed_tensors.save(tmp_path/"m", m.shape, state)
     file, config = load_file(folder/"model.safetensors"), json.loads((folder/"config.json").read_text())["quantization_config"]
     assert sum(t.nbytes for t in file.values()) == sum(n for _, n, _ in rows.values())
