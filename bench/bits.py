@@ -10,7 +10,7 @@ from paretolab.quantizers import absmax, gptq, paretoq, plan as plans, spinquant
 from paretolab.quantizers.hadamard import Hadamard, random_signs
 from shipped import Journal, RESULTS
 
-SIZES, WIDTHS, RATES, SEEDS, FIRST, LAST, ROTATE = dict(small=(64, 2), large=(160, 4)), (1, 1.58, 2, 3, 4), (5e-4, 2e-3), (0, 1, 2), 270, 30, 8
+SIZES, WIDTHS, RATES, SEEDS, FIRST, LAST, ROTATE = dict(small=(64, 2), large=(160, 4)), (1, 1.58, 2, 3, 4, 6, 8), (5e-4, 2e-3), (0, 1, 2), 270, 30, 8
 train, valid, β = small.files()
 trial, held = Journal("bits"), windows(valid, small.L, 24)
 quality = lambda model: {k: round(macro(bits_per_byte(model, {d: w[i::2] for d, w in held.items()}, β)), 5) for i, k in enumerate(("chosen_on", "bpb"))}

@@ -1,7 +1,7 @@
 """Every grid: nearest level by brute force over widths, groups, dtypes and hard matrices; the file; what is refused."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from paretolab.quantizers import grids, lowbit
+from paretolab.quantizers import absmax, gptq, grids, lowbit, paretoq
 from paretolab.quantizers.plan import compress, model_bytes, resolve
 
 FAMILY = dict(symmetric=(2, 3, 4, 6, 8), asymmetric=(2, 3, 4, 6, 8), sign=(1,), ternary=(1.58,), stretched=(1.58, 2), bipolar=(1, 2, 3, 4, 6, 8), e4m3=(8,), e5m2=(8,), mxfp4=(4,))
@@ -76,3 +76,22 @@ def test_what_is_refused(name, bits):
     for w, args, sentence in ((torch.ones(2, 64), (5, 32), "bits=5"), (torch.ones(64), (bits, 32), r"shape \(64,\)"), (torch.ones(2, 48), (bits, 32), "48 columns"),
         (torch.full((1, 32), torch.nan), (bits, 32), "32 of 32"), (torch.tensor([[torch.inf] + [0]*31]), (bits, 32), "1 of 32"), (torch.ones(2, 32, dtype=torch.int), (bits, 32), "int32")):
         with pytest.raises(ValueError, match=sentence): f(w, *args)
+
+
+ROUND = dict({f"grids.{n}": (resolve(f"grids.{n}"), bs[0]) for n, bs in FAMILY.items()}, **{"absmax.quantize": (absmax.quantize, 4), "absmax.fake": (absmax.fake, 4), "paretoq.quantize": (paretoq.quantize, 2), "paretoq.scale": (paretoq.scale, 2),
+    "paretoq.fake": (lambda w, b: paretoq.fake(w, torch.ones(2, 1, 1), b), 2), "gptq.quantize": (gptq.quantize, 4), "gptq.clipped": (gptq.clipped, 4)})
+WRONG = {"a layer": (torch.nn.Linear(64, 2), "got Linear, .*its .weight"), "numpy": (torch.ones(2, 64).numpy(), "got ndarray"), "a list": ([[1.]], "got list"), "nothing": (None, "got NoneType"), "codes": (absmax.quantize(torch.ones(2, 64), 4), "got LowBit"),
+    "no numbers": (torch.ones(2, 64, device="meta"), "without numbers"), "sparse": (torch.eye(64).to_sparse(), "sparse"), "complex": (torch.ones(2, 64) + 0j, "complex64"), "a cube": (torch.ones(2, 2, 64), r"\(2, 2, 64\)")}
+
+@pytest.mark.parametrize("f, bits", ROUND.values(), ids=ROUND)
+def test_a_wrong_object_is_answered_by_a_sentence(f, bits):
+    for w, why in WRONG.values():
+        with pytest.raises(ValueError, match=f"takes a matrix of floats \\(.*{why}"): f(w, bits)
+    for b in ("4", None, [4], (2, 4), True if bits != 1 else 7, -1, float("nan")):
+        with pytest.raises(ValueError, match="bits"): f(torch.ones(2, 64), b)
+
+
+@pytest.mark.parametrize("f", [absmax.quantize, grids.symmetric, paretoq.quantize, gptq.quantize, gptq.clipped])
+@pytest.mark.parametrize("group", ["8", None, 8., True, [8], -8, 5, 128])
+def test_a_wrong_group_is_answered_by_a_sentence(f, group):
+    with pytest.raises(ValueError, match="must divide the columns .got group="): f(torch.ones(2, 64), 4, group)

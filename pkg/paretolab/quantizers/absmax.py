@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['quantize', 'fake']
 
-# %% ../../../nbs/quantizers/absmax.ipynb #9779e86c
+# %% ../../../nbs/quantizers/absmax.ipynb #969db802
 import torch
 from torch import Tensor
-from .lowbit import LowBit
+from .lowbit import LowBit, _matrix
 
 # %% ../../../nbs/quantizers/absmax.ipynb #b7726c7e
 def _up16(
@@ -18,18 +18,16 @@ def _up16(
     h = x.half()
     return torch.where(h.float() < x, (h.view(torch.int16) + 1).view(torch.float16), h)
 
-# %% ../../../nbs/quantizers/absmax.ipynb #22a79bd6
+# %% ../../../nbs/quantizers/absmax.ipynb #e45f9753
 def _round(w, bits, group):
     "Codes from -n to n (float32) and steps (float16), both with a column of groups: (R, C/g, g) and (R, C/g)."
-    if bits in (1, 1.58):
+    g = _matrix("absmax", w, group)
+    if type(bits) in (int, float) and bits in (1, 1.58):
         raise ValueError(f"absmax keeps a level at zero and one each side, so it starts at 2 bits (got {bits=}); for 1 and 1.58 bits see quantizers.grids")
-    if bits not in (2, 3, 4, 6, 8):
+    if type(bits) not in (int, float) or bits not in (2, 3, 4, 6, 8):
         raise ValueError(f"absmax rounds to 2, 3, 4, 6 or 8 bits (got {bits=}); to keep 16, leave the matrix out or let a plan say 16")
-    if w.ndim != 2 or not w.is_floating_point(): raise ValueError(f"absmax takes a matrix of floats (got {w.dtype} of shape {tuple(w.shape)})")
-    R, C = w.shape
-    g = group or max(C, 1)
-    if type(g) is not int or g < 1 or C % g: raise ValueError(f"a group must divide the columns (got {group=} for {C} columns); 0 is the whole row")
-    n, w = 2**(bits-1) - 1, w.float().reshape(R, C//g, g)
+    (R, C), n = w.shape, 2**(bits-1) - 1
+    w = w.detach().float().reshape(R, C//g, g)
     Δ = _up16(w.abs().amax(-1) / n)
     if not Δ.isfinite().all():
         bad = int((~w.isfinite()).sum())
@@ -37,24 +35,24 @@ def _round(w, bits, group):
         raise ValueError(f"the largest weight, {w.abs().max():.4g}, needs a step above 65504, the largest 16-bit float")
     return (w / Δ.float().clamp_min(2**-24)[..., None]).round(), Δ
 
-# %% ../../../nbs/quantizers/absmax.ipynb #abe859bd
+# %% ../../../nbs/quantizers/absmax.ipynb #b384bdb5
 def quantize(
     w:Tensor, # weights, (R, C)
     bits:int, # 2, 3, 4, 6 or 8
     group:int=0, # columns per scale, a divisor of C; 0 is the whole row
 )->LowBit:
     "Round `w` to the nearest of `2**bits - 1` evenly spaced levels per group."
-    q, Δ = _round(w.detach(), bits, group)
+    q, Δ = _round(w, bits, group)
     n = 2**(bits-1) - 1
     return LowBit.pack((q + n).to(torch.uint8).reshape(w.shape), Δ, torch.arange(-n, n+1.), bits, group)
 
-# %% ../../../nbs/quantizers/absmax.ipynb #789cc8eb
+# %% ../../../nbs/quantizers/absmax.ipynb #4777be7a
 def fake(
     w:Tensor, # weights, (R, C)
     bits:int, # 2, 3, 4, 6 or 8
     group:int=0, # columns per scale, a divisor of C; 0 is the whole row
 )->Tensor: # rounded weights in the dtype of w, (R, C); gradient as of w
     "What `quantize(w, bits, group)` will be worth, with a straight-through gradient."
-    q, Δ = _round(w.detach(), bits, group)
+    q, Δ = _round(w, bits, group)
     ŵ = (q * Δ.float()[..., None]).reshape(w.shape).to(w.dtype)
     return ŵ + (w - w.detach())

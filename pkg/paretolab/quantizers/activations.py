@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['fake', 'fake_kv', 'KVCache', 'attach']
 
-# %% ../../../nbs/quantizers/activations.ipynb #0a3a3e95
+# %% ../../../nbs/quantizers/activations.ipynb #381170d2
 import torch
 from torch import nn, Tensor
 from ..kernels.unpack import fast as unpack, row_bytes
-from .lowbit import pack_bits
+from .lowbit import _expect, _what, pack_bits
 
-# %% ../../../nbs/quantizers/activations.ipynb #c3ab4930
+# %% ../../../nbs/quantizers/activations.ipynb #ab4bc17b
 def fake(
     x:Tensor, # activations, (..., k)
     bits:int, # 2, 3, 4, 6 or 8
 )->Tensor: # (..., k); gradient as of x
     "Round each row to `2**bits - 1` evenly spaced levels, as `kernels.activations` does at 8 bits."
-    if bits not in (2, 3, 4, 6, 8): raise ValueError(f"activations are rounded to 2, 3, 4, 6 or 8 bits (got {bits=}); 16 leaves them as they are")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim: raise ValueError(f"activations are floats, (..., k) (got {_what(x)})")
+    if type(bits) is not int or bits not in (2, 3, 4, 6, 8): raise ValueError(f"activations are rounded to 2, 3, 4, 6 or 8 bits (got {bits=}); 16 leaves them as they are")
     n, v = 2**(bits-1) - 1, x.detach()
     m = v.abs().amax(-1, keepdim=True)
     x̂ = (v*torch.where(m >= 2**-100, n/m, 0)).round_()*(m/n)
     return x̂ + (x - v)
 
-# %% ../../../nbs/quantizers/activations.ipynb #f70e1d4b
+# %% ../../../nbs/quantizers/activations.ipynb #0cf959a4
 def _codes(x, bits, group):
     "Codes (..., d_h) uint8, and steps and offsets together (2, ..., G) float16."
     y = x.detach().float().unflatten(-1, (-1, group))
@@ -37,13 +38,14 @@ def _values(c, Δm, dtype):
     Δ, m = Δm.float()[..., None]
     return (c.unflatten(-1, (Δm.shape[-1], -1))*Δ + m).flatten(-2).to(dtype)
 
-def _check(bits, group, width):
-    if bits not in (2, 4, 8): raise ValueError(f"a cache holds 8, 4 or 2 bits (got bits={bits}); 16 leaves it as it is")
-    g = group or width
+def _check(bits, group, width, R3=None):
+    if type(bits) is not int or bits not in (2, 4, 8): raise ValueError(f"a cache holds 8, 4 or 2 bits (got bits={bits}); 16 leaves it as it is")
+    if R3 is not None and (not isinstance(R3, Tensor) or R3.shape != (width, width)): raise ValueError(f"R3 is of shape {(width, width)}, the width of a head (got {_what(R3)})")
+    g = width if type(group) is int and group == 0 else group
     if type(g) is not int or g < 1 or width % g: raise ValueError(f"a group must divide the width of a head (got {group=} for {width})")
     return g
 
-# %% ../../../nbs/quantizers/activations.ipynb #a4a4ad3c
+# %% ../../../nbs/quantizers/activations.ipynb #2e86cb2a
 def fake_kv(
     x:Tensor, # keys or values, (..., d_h)
     bits:int, # 8, 4 or 2
@@ -51,12 +53,13 @@ def fake_kv(
     R3:Tensor|None=None, # rotation in which they are kept, (d_h, d_h)
 )->Tensor: # (..., d_h); gradient as of x
     "What `KVCache` will give back for `x`."
-    g, R = _check(bits, group, x.shape[-1]), None if R3 is None else R3.to(x)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim: raise ValueError(f"keys and values are floats, (..., d_h) (got {_what(x)})")
+    g, R = _check(bits, group, x.shape[-1], R3), None if R3 is None else R3.to(x)
     v = x.detach()
     x̂ = _values(*_codes(v if R3 is None else v @ R, bits, g), x.dtype)
     return (x̂ if R3 is None else x̂ @ R.T) + (x - v)
 
-# %% ../../../nbs/quantizers/activations.ipynb #af7e51a1
+# %% ../../../nbs/quantizers/activations.ipynb #9c0de35c
 class KVCache:
     "Keys and values of every call of a block at 8, 4 or 2 bits, for texts of up to `length` tokens."
     def __init__(self,
@@ -67,7 +70,9 @@ class KVCache:
         group:int=0, # numbers that share a step and an offset; 0 is the whole head
         R3:Tensor|None=None, # rotation in which keys are kept, (d_h, d_h)
     ):
-        self.bits, self.group, self.width, self.R3, self.length = bits, _check(bits, group, shape.head_dim), shape.head_dim, R3, 0
+        from paretolab.models.shape import Shape
+        _expect(shape, Shape, "the shape of a model")
+        self.bits, self.group, self.width, self.R3, self.length = bits, _check(bits, group, shape.head_dim, R3), shape.head_dim, R3, 0
         room = 2, shape.layers*shape.repeat, batch, shape.kv_heads, length
         self.codes = torch.zeros(*room, row_bytes(bits, self.width), dtype=torch.uint8)
         self.steps = torch.zeros(2, *room, self.width//self.group, dtype=torch.float16)          # steps, then offsets
@@ -109,7 +114,7 @@ class _Memory:
             return on(k, v) if on else (k, v)
         return x, cos, sin, remember
 
-# %% ../../../nbs/quantizers/activations.ipynb #7ef21413
+# %% ../../../nbs/quantizers/activations.ipynb #643af960
 def attach(
     model:nn.Module, # a `MobileLLM`; changed in place
     bits:int=16, # of the inputs of linear layers; 16: not rounded
@@ -118,10 +123,11 @@ def attach(
     R3:Tensor|None=None, # rotation in which keys are kept, (d_h, d_h)
 )->list: # handles; `.remove()` takes one rounding away
     "Let a model run with rounded activations and a rounded cache."
-    from paretolab.models.mobilellm import Attention
+    from paretolab.models.mobilellm import Attention, MobileLLM
+    _expect(model, nn.Module if kv_bits == 16 else MobileLLM, "a model" if kv_bits == 16 else "a MobileLLM, for a rounded cache,")
     modules = list(model.modules())
     if any(isinstance(h, (_Inputs, _Memory)) for m in modules for h in m._forward_pre_hooks.values()): raise ValueError("the model rounds its activations already; remove the handles that `attach` gave")
     if bits != 16: fake(torch.zeros(1), bits)
-    if kv_bits != 16: _check(kv_bits, kv_group, model.shape.head_dim)
+    if kv_bits != 16: _check(kv_bits, kv_group, model.shape.head_dim, R3)
     inputs = [m.register_forward_pre_hook(_Inputs(bits)) for m in modules if isinstance(m, nn.Linear) and bits != 16]
     return inputs + [m.register_forward_pre_hook(_Memory(kv_bits, kv_group, R3)) for m in modules if isinstance(m, Attention) and kv_bits != 16]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['dynamic', 'program', 'layers', 'mixed', 'groups']
 
-# %% ../../../nbs/quantizers/allocate.ipynb #747b3c7c
+# %% ../../../nbs/quantizers/allocate.ipynb #a2308b72
 import numpy as np, torch
 from collections.abc import Callable
 from torch import nn, Tensor
 from . import plan as plans
-from .lowbit import LowBit
+from .lowbit import LowBit, _expect, _matrix
 
 # %% ../../../nbs/quantizers/allocate.ipynb #f3038a16
 def _check(costs, damage, budget):
@@ -57,7 +57,7 @@ def program(
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(c[None]/max(budget, 1), ub=1)]).x
     return [int(x[item == i].argmax()) for i in range(len(costs))]
 
-# %% ../../../nbs/quantizers/allocate.ipynb #edb70c9b
+# %% ../../../nbs/quantizers/allocate.ipynb #2adcd62b
 def layers(
     model:nn.Module, # not changed
     options:dict[str,list], # {module name: [(bits, group, quantizer), ...]}
@@ -67,6 +67,9 @@ def layers(
     solver:Callable=dynamic, # function of (costs, damage, budget) to choices
 )->dict[str,tuple]: # {module name: (bits, group, quantizer)}
     "The plan of least damage within a budget."
+    _expect(model, nn.Module, "a model")
+    for d, what in ((options, "a dict of options"), (table, "a dict of scores, as from `quantizers.sensitivity`,"), (rest, "a dict of settled entries")): _expect(d, dict, what)
+    _expect(budget, int, "a budget in bytes, a whole number,")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     if wrong := options.keys() ^ table.keys(): raise ValueError(f"options and table name the same layers (got {min(wrong)!r} in one only)")
     if twice := options.keys() & rest.keys(): raise ValueError(f"an entry that is settled has no options (got {min(twice)!r} in both)")
@@ -77,7 +80,7 @@ def layers(
     chosen = solver(costs, [table[n] for n in options], budget - fixed)
     return {n: tuple(entries[k]) for (n, entries), k in zip(options.items(), chosen)} | rest
 
-# %% ../../../nbs/quantizers/allocate.ipynb #1f3335cb
+# %% ../../../nbs/quantizers/allocate.ipynb #3c9898c5
 def mixed(
     w:Tensor, # weights, (R, C)
     bits:float|tuple, # a width, or one for each group
@@ -86,7 +89,8 @@ def mixed(
     "Round each group of columns to the nearest level at its own width."
     from paretolab.quantizers.gptq import quantize
     if not isinstance(bits, tuple) or len(set(bits)) == 1: return quantize(w, bits[0] if isinstance(bits, tuple) else bits, group)
-    if not group or w.ndim != 2 or w.shape[1] != group*len(bits): raise ValueError(f"mixed widths need one for each group of columns (got {len(bits)} widths and {group=} for a matrix of shape {tuple(w.shape)})")
+    _matrix("mixed", w, group)
+    if not group or w.shape[1] != group*len(bits): raise ValueError(f"mixed widths need one for each group of columns (got {len(bits)} widths and {group=} for a matrix of shape {tuple(w.shape)})")
     codes, grid = torch.zeros(w.shape, dtype=torch.uint8), {}
     scales = torch.zeros(len(w), len(bits), dtype=torch.float16)
     for b in sorted(set(bits)):

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['fits', 'pack', 'table', 'save']
 
-# %% ../../../nbs/quantizers/compressed_tensors.ipynb #627e80ed
+# %% ../../../nbs/quantizers/compressed_tensors.ipynb #59c52dd0
 import json
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 from ..models.shape import Shape
-from .lowbit import LowBit, pack_bits
+from .lowbit import LowBit, _expect, pack_bits
 
-# %% ../../../nbs/quantizers/compressed_tensors.ipynb #c4693886
+# %% ../../../nbs/quantizers/compressed_tensors.ipynb #4f36c7b2
 def fits(
     q:LowBit, # a matrix
     widths:tuple[int,...]=(2, 3, 4, 5, 6, 7, 8), # widths that the engine has; (4, 8) for vLLM
 )->tuple[int|None,str]: # bits of a code, or None; and the reason if there is none
     "The fewest bits at which pack-quantized holds `q` without loss."
+    _expect(q, LowBit, "a LowBit, as quantizers give it,")
     if set(widths) - set(range(2, 9)): raise ValueError(f"widths are from 2 to 8 bits (got {widths})")
     if q.perm is not None: return None, "its columns are stored in another order"
     if isinstance(q.bits, tuple): return None, "its groups have different widths"
@@ -45,12 +46,13 @@ def pack(
     p = torch.nn.functional.pad(p, (0, -p.shape[1] % 4)).view(torch.int32)
     return b, {"weight_packed": p, "weight_scale": q.scales.clone(), "weight_shape": torch.tensor([R, C])}
 
-# %% ../../../nbs/quantizers/compressed_tensors.ipynb #c9654987
+# %% ../../../nbs/quantizers/compressed_tensors.ipynb #f7346d0b
 def table(
     state:dict[str,LowBit|Tensor], # from `plan.compress`, `gptq.compress` or `paretoq.pack`
     widths:tuple[int,...]=(2, 3, 4, 5, 6, 7, 8), # widths that the engine has
 )->dict[str,tuple]: # name -> (kind or None, bytes in the file, the reason if None)
     "What each tensor becomes, and which cannot."
+    _expect(state, dict, "a state {weight name: LowBit or Tensor}")
     out = {}
     for n, t in state.items():
         if not isinstance(t, LowBit): out[n] = "F16", 2*t.numel(), ""
@@ -71,7 +73,7 @@ def _quantization(schemes):
             targets=["Linear"] if len(kinds) == 1 else [n for n, k in schemes.items() if k == (b, g)])
     return dict(quant_method="compressed-tensors", format="pack-quantized", quantization_status="compressed", config_groups=groups, ignore=[n for n, k in schemes.items() if not k])
 
-# %% ../../../nbs/quantizers/compressed_tensors.ipynb #764caa06
+# %% ../../../nbs/quantizers/compressed_tensors.ipynb #7597ee98
 def save(
     folder:str|Path, # where to; made if it is not there
     shape:Shape, # of the model
@@ -81,6 +83,8 @@ def save(
 )->Path: # the folder
     "Write a quantized model as transformers and vLLM read it; every low-bit matrix without loss."
     from paretolab.models import hf
+    from paretolab.quantizers.plan import _belongs
+    _belongs(shape, state)
     if shape.post_ln: raise ValueError(f"Llama's layout has no norm after the residual (got post_ln={shape.post_ln})")
     if bad := {n: why for n, (kind, _, why) in table(state, widths).items() if not kind}: raise ValueError(f"{len(bad)} of {len(state)} tensors have no form in pack-quantized that holds them without loss; {min(bad)}: {bad[min(bad)]}")
     tensors, schemes = {}, {} if not shape.tied else {"lm_head": None}

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['fits', 'blocks', 'table', 'save', 'load']
 
-# %% ../../../nbs/quantizers/gguf.ipynb #8f29ea62
+# %% ../../../nbs/quantizers/gguf.ipynb #487dd7d6
 import re
 import numpy as np, torch
 from pathlib import Path
 from torch import Tensor
 from ..models.shape import Shape
-from .lowbit import LowBit
+from .lowbit import LowBit, _expect
 from . import gguf_file
 
 # %% ../../../nbs/quantizers/gguf.ipynb #f7cc230a
@@ -20,12 +20,14 @@ _FORMATS = {"Q1_0": (128, 1.125, {-1, 1}), "TQ1_0": (256, 1.6875, {-1, 0, 1}), "
 _OFFSET = {"Q2_K": (256, 2.625, set(range(4))), "Q4_1": (32, 5, set(range(16)))}                                              # with an offset
 _IDS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "TQ1_0": 34, "TQ2_0": 35, "Q1_0": 41, "Q2_0": 42}
 
-# %% ../../../nbs/quantizers/gguf.ipynb #7af2583e
+# %% ../../../nbs/quantizers/gguf.ipynb #da0bb98f
 def fits(
     q:LowBit, # a matrix
     without:tuple[str,...]=(), # formats that the engine lacks
 )->tuple[str|None,str]: # the format, or None; and the reason if there is none
     "The narrowest GGUF format that holds `q` without loss."
+    _expect(q, LowBit, "a LowBit, as quantizers give it,")
+    if isinstance(without, str): raise ValueError(f"formats to do without are a tuple of names (got {without!r})")
     if unknown := set(without) - set(_IDS): raise ValueError(f"the formats are {', '.join(_IDS)} (got {', '.join(sorted(unknown))})")
     if q.perm is not None: return None, "its columns are stored in another order, and GGUF has no place for the order"
     if isinstance(q.bits, tuple): return None, "its groups have different widths"
@@ -79,12 +81,13 @@ def blocks(
     parts = _body(kind, k, wide(q.scales), None if q.zeros is None else wide(q.zeros))
     return kind, np.concatenate(parts, -1).reshape(q.shape[0], -1)
 
-# %% ../../../nbs/quantizers/gguf.ipynb #d15eba0e
+# %% ../../../nbs/quantizers/gguf.ipynb #eab42d93
 def table(
     state:dict[str,LowBit|Tensor], # from `plan.compress`, `gptq.compress` or `paretoq.pack`
     without:tuple[str,...]=(), # formats that the engine lacks
 )->dict[str,tuple]: # name -> (format or None, bits a weight in GGUF, the reason if None)
     "What each tensor becomes, and which cannot."
+    _expect(state, dict, "a state {weight name: LowBit or Tensor}")
     width = {n: b for n, (_, b, _) in (_FORMATS | _OFFSET).items()} | {"F16": 16, "F32": 32}
     kinds = {n: fits(t, without) if isinstance(t, LowBit) else ("F32" if t.ndim == 1 else "F16", "") for n, t in state.items()}
     return {n: (kind, width.get(kind), why) for n, (kind, why) in kinds.items()}
@@ -103,15 +106,23 @@ def _bytes(name, t, s, without):
     if ".attn.q." in name or ".attn.k." in name: a = a.reshape(-1, 2, s.head_dim//2, a.shape[1]).swapaxes(1, 2).reshape(a.shape)
     return kind, np.ascontiguousarray(a)
 
-# %% ../../../nbs/quantizers/gguf.ipynb #a04bf25b
+# %% ../../../nbs/quantizers/gguf.ipynb #44b52040
+def _bpe(tok, vocab):
+    "The model of a byte-level BPE tokenizer, or a sentence on why it does not go with an embedding of `vocab` rows."
+    import json
+    if not hasattr(tok, "to_str"): raise ValueError(f"a tokenizer of the tokenizers library is wanted here (got {type(tok).__name__})")
+    model = json.loads(tok.to_str())["model"]
+    if model["type"] != "BPE": raise ValueError(f"the tokenizer has to be a byte-level BPE (got {model['type']})")
+    if (top := max(tok.get_vocab().values()) + 1) > vocab: raise ValueError(f"the tokenizer has {top} entries and the embedding {vocab} rows: they do not belong together")
+    return model
+
 def _about(w, s, tok):
     "Metadata and tokenizer."
-    import json
     from gguf import TokenType
     w.add_context_length(s.context); w.add_embedding_length(s.dim); w.add_block_count(s.layers*s.repeat); w.add_feed_forward_length(s.ff)
     w.add_head_count(s.heads); w.add_head_count_kv(s.kv_heads); w.add_rope_dimension_count(s.head_dim); w.add_rope_freq_base(s.theta)
     w.add_layer_norm_rms_eps(s.eps); w.add_vocab_size(s.vocab)
-    model = json.loads(tok.to_str())["model"]
+    model = _bpe(tok, s.vocab)
     special = tok.get_added_tokens_decoder()
     w.add_tokenizer_model("gpt2"); w.add_tokenizer_pre("smollm")                       # digits one by one, then the pattern of GPT-2
     w.add_token_list([tok.id_to_token(i) or f"[unused{i}]" for i in range(s.vocab)])
@@ -119,7 +130,7 @@ def _about(w, s, tok):
     w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     w.add_bos_token_id(0); w.add_eos_token_id(0); w.add_add_bos_token(False)
 
-# %% ../../../nbs/quantizers/gguf.ipynb #276671d0
+# %% ../../../nbs/quantizers/gguf.ipynb #6eac9457
 def save(
     path:str|Path, # file to write
     shape:Shape, # of the model
@@ -129,6 +140,8 @@ def save(
 )->Path: # the file
     "Write a model for llama.cpp; every low-bit matrix without loss."
     from gguf import GGUFWriter
+    from paretolab.quantizers.plan import _belongs
+    _belongs(shape, state); _bpe(tok, shape.vocab)
     if shape.post_ln: raise ValueError(f"llama.cpp's Llama has no norm after the residual (got post_ln={shape.post_ln})")
     if bad := {n: why for n, (kind, _, why) in table(state, without).items() if not kind}: raise ValueError(f"{len(bad)} of {len(state)} tensors have no GGUF format that holds them without loss; {min(bad)}: {bad[min(bad)]}")
     w = GGUFWriter(part := Path(f"{path}.part"), "llama")
@@ -142,7 +155,7 @@ def save(
         return part.replace(path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../../nbs/quantizers/gguf.ipynb #d26f7e82
+# %% ../../../nbs/quantizers/gguf.ipynb #db7ee9b0
 def load(
     path:str|Path, # a Llama-type GGUF at F32, F16, BF16, Q4_0, Q4_1 or Q8_0
 )->tuple: # a `MobileLLM` in 32 bits, and a tokenizer

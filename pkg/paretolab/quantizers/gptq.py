@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['factor', 'solve', 'quantize', 'clipped', 'compress']
 
-# %% ../../../nbs/quantizers/gptq.ipynb #f27758c0
+# %% ../../../nbs/quantizers/gptq.ipynb #5c394f5f
 import copy, hashlib, json, torch
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from torch import nn, Tensor
 from . import grids, lowbit
-from .lowbit import LowBit
+from .lowbit import LowBit, _expect, _matrix, _what
 
 # %% ../../../nbs/quantizers/gptq.ipynb #978f12d6
 def _inverse(T):
@@ -24,13 +24,14 @@ def _inverse(T):
     A, D, h = _inverse(T[:n//2, :n//2]), _inverse(T[n//2:, n//2:]), n//2
     return torch.cat([torch.cat([A, -linear(linear(A, T[:h, h:].T), D.T)], 1), torch.cat([T.new_zeros(n - h, h), D], 1)])
 
-# %% ../../../nbs/quantizers/gptq.ipynb #70c5e3ef
+# %% ../../../nbs/quantizers/gptq.ipynb #d496a908
 def factor(
     H:Tensor, # mean outer product of the inputs, (C, C)
     order:bool=True, # columns with large inputs first (the authors' act-order)
     damping:float=.01, # λ to begin with
 )->tuple[Tensor,Tensor,Tensor,float]: # the order of the columns, T upper with T Tᵀ = H + λ mean(diag H) in that order, its inverse U, and the λ that worked
     "The triangle of `H` and its inverse, with as much damping as it takes."
+    if not isinstance(H, Tensor) or not H.is_floating_point() or H.ndim != 2 or H.shape[0] != H.shape[1]: raise ValueError(f"H is a square matrix of floats (got {_what(H)})")
     if bad := int((~H.isfinite()).sum()): raise ValueError(f"{bad} of {H.numel()} entries of H are NaN or infinite; look at the calibration text and at the layers before")
     perm = H.diagonal().argsort(descending=True, stable=True) if order else torch.arange(len(H))
     H, I, mean, λ = H[perm][:, perm], torch.eye(len(H), dtype=H.dtype), H.diagonal().mean() or 1., damping
@@ -72,10 +73,10 @@ def _columns(W, U, level, grid, B):
         loss += E.square().sum(0)
     return codes, loss
 
-# %% ../../../nbs/quantizers/gptq.ipynb #4bcf5b36
-def _start(bits): return {1: grids.sign, 1.58: grids.ternary, 2: grids.stretched}.get(bits, grids.symmetric)
+# %% ../../../nbs/quantizers/gptq.ipynb #e22298bd
+def _start(bits): return {1: grids.sign, 1.58: grids.ternary, 2: grids.stretched}.get(bits, grids.symmetric) if type(bits) in (int, float) else grids.symmetric
 
-# %% ../../../nbs/quantizers/gptq.ipynb #16e48c93
+# %% ../../../nbs/quantizers/gptq.ipynb #21274fc5
 def solve(
     w:Tensor, # weights, (R, C)
     bits:float, # any width `start` has
@@ -86,8 +87,11 @@ def solve(
 )->tuple[LowBit,dict]: # and a report: damping, error (in H, per row, mean), error of the nearest levels, rows that kept those
     "Choose codes by GPTQ on the levels of `start`."
     from paretolab.models.linear import linear
-    (perm, T, U, λ), start = factors, start or _start(bits)
-    w, g, ordered = w.detach().float(), group or max(w.shape[1], 1), bool((perm.diff() < 0).any())
+    g, start = _matrix("gptq", w, group), start or _start(bits)
+    if type(factors) is not tuple or len(factors) != 4: raise ValueError(f"the factors are what `factor` gives, (perm, T, U, λ) (got {_what(factors)})")
+    perm, T, U, λ = factors
+    if len(T) != w.shape[1]: raise ValueError(f"factors of {len(T)} inputs do not belong to a matrix of {w.shape[1]} columns")
+    w, ordered = w.detach().float(), bool((perm.diff() < 0).any())
     q = start(w if static else w[:, perm], bits, group)
     scales, zeros, W = q.scales.clone(), None if q.zeros is None else q.zeros.clone(), w[:, perm].T.contiguous()
     s, a = _line(q.grid[0])
@@ -110,7 +114,7 @@ def solve(
     out = LowBit.pack(torch.where(old, q.codes(), codes), scales, q.grid[0], bits, group, zeros, None if static or not ordered else perm.int())
     return out, dict(damping=λ, error=torch.where(keep, nearest, loss).mean().item(), nearest=nearest.mean().item(), kept=int(keep.sum()))
 
-# %% ../../../nbs/quantizers/gptq.ipynb #4751219f
+# %% ../../../nbs/quantizers/gptq.ipynb #f66afb2c
 def quantize(
     w:Tensor, # weights, (R, C)
     bits:float, # 1, 1.58, 2, 3, 4, 6 or 8
@@ -118,8 +122,8 @@ def quantize(
     H:Tensor|None=None, # mean outer product of the inputs, (C, C); None: nearest levels
 )->LowBit:
     "GPTQ with its usual choices."
-    C = w.shape[-1]
-    if H is not None and H.shape != (C, C): raise ValueError(f"H has to be of shape {(C, C)}, the columns of w (got {tuple(H.shape)})")
+    _matrix("gptq", w, group); C = w.shape[1]
+    if H is not None and (not isinstance(H, Tensor) or H.shape != (C, C)): raise ValueError(f"H has to be of shape {(C, C)}, the columns of w (got {_what(H)})")
     return _start(bits)(w, bits, group) if H is None else solve(w, bits, group, factor(H.float()))[0]
 
 # %% ../../../nbs/quantizers/gptq.ipynb #c4c74889
@@ -225,7 +229,7 @@ def _looked_up(t, tokens):
     i, at = tokens.unique(return_inverse=True)
     return replace(t, packed=tuple(p[i] for p in t.packed), scales=t.scales[i], zeros=None if t.zeros is None else t.zeros[i], shape=(len(i), t.shape[1])).dequantize()[at]
 
-# %% ../../../nbs/quantizers/gptq.ipynb #128a54df
+# %% ../../../nbs/quantizers/gptq.ipynb #2a3922d8
 @torch.no_grad()
 def compress(
     model:nn.Module, # a `MobileLLM`; not changed
@@ -237,8 +241,12 @@ def compress(
     factor:Callable=factor, # function of H to factors
 )->tuple[dict[str,LowBit|Tensor],dict[str,dict]]: # the state as from `plan.compress`, and a report by weight name
     "Quantize a model by `plan`, with calibration."
+    from paretolab.models.mobilellm import MobileLLM
     from paretolab.quantizers import plan as plans
-    if tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] > model.shape.context: raise ValueError(f"calibration text is sequences of up to {model.shape.context} tokens, (n, T) (got shape {tuple(tokens.shape)})")
+    _expect(model, MobileLLM, "a MobileLLM")
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] > model.shape.context: raise ValueError(f"calibration text is sequences of up to {model.shape.context} tokens, (n, T) (got {_what(tokens)})")
+    if not 0 <= (lo := int(tokens.min())) <= (hi := int(tokens.max())) < model.shape.vocab: raise ValueError(f"tokens are from 0 to {model.shape.vocab - 1} (got {lo} to {hi})")
+    if type(batch) is not int or batch < 1: raise ValueError(f"at least one sequence at a time (got {batch=})")
     plans.model_bytes(plan, {n: p.shape for n, p in model.named_parameters()})            # refuses what cannot be carried out
     chosen = {n: e for n, e in plan.items() if e[2] == "gptq.quantize" and e[0] != 16 and n != "embed"}
     state, reports, key = plans.compress(model, {n: e for n, e in plan.items() if n not in chosen}), {}, run and _key(model, plan, tokens)

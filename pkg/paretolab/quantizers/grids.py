@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['symmetric', 'asymmetric', 'sign', 'ternary', 'stretched', 'bipolar', 'e4m3', 'e5m2', 'mxfp4']
 
-# %% ../../../nbs/quantizers/grids.ipynb #52543094
+# %% ../../../nbs/quantizers/grids.ipynb #fb01caa1
 import torch
 from torch import Tensor
-from .lowbit import LowBit
+from .lowbit import LowBit, _matrix
 from .absmax import _up16
 
-# %% ../../../nbs/quantizers/grids.ipynb #b11bdd29
+# %% ../../../nbs/quantizers/grids.ipynb #d5112d4e
 def _groups(name, w, bits, group, widths):
     "The weights in float32 by group, (R, C/g, g), or a sentence on why not."
-    if bits not in widths: raise ValueError(f"{name} has {' or '.join(f'{b:g}' for b in widths)} bits (got {bits=})")
-    if w.ndim != 2 or not w.is_floating_point(): raise ValueError(f"{name} takes a matrix of floats (got {w.dtype} of shape {tuple(w.shape)})")
-    g = group or max(w.shape[1], 1)
-    if type(g) is not int or g < 1 or w.shape[1] % g: raise ValueError(f"a group must divide the columns (got {group=} for {w.shape[1]} columns); 0 is the whole row")
+    if type(bits) not in (int, float) or bits not in widths: raise ValueError(f"{name} has {' or '.join(f'{b:g}' for b in widths)} bits (got {bits=})")
+    g = _matrix(name, w, group)
     w = w.detach().float()
     if bad := int((~w.isfinite()).sum()): raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite")
     return w.reshape(len(w), -1, g) if w.numel() else w.new_empty(len(w), w.shape[1]//g, g)
@@ -31,13 +29,13 @@ def _over(w, Δ):
     "w / Δ with a column for the group, and 0 where the scale is 0."
     return w / Δ.float().clamp_min(2**-24)[..., None]
 
-# %% ../../../nbs/quantizers/grids.ipynb #3efa3942
+# %% ../../../nbs/quantizers/grids.ipynb #5c680b40
 def symmetric(
     w:Tensor, # weights, (R, C)
     bits:int, # 2, 3, 4, 6 or 8
     group:int=0, # columns per scale, a divisor of C; 0 is the whole row
 )->LowBit:
-    "Round to all `2**bits` integers, one more of them below zero than above."
+    "Round to `2**bits` integers, one more of them below zero than above, as GPTQ's code does."
     x, n = _groups("symmetric", w, bits, group, (2, 3, 4, 6, 8)), 2**(bits-1)
     Δ = _up16(x.abs().amax(-1) * 2/(2*n - 1))
     q = _over(x, Δ).round().clamp(-n, n-1)
@@ -132,14 +130,14 @@ def e5m2(
     "Round to 8-bit floats with 5 bits of exponent."
     return _float8("e5m2", torch.float8_e5m2, w, bits, group)
 
-# %% ../../../nbs/quantizers/grids.ipynb #9aa6e9a0
+# %% ../../../nbs/quantizers/grids.ipynb #e17104f4
 def mxfp4(
     w:Tensor, # weights, (R, C), C a multiple of 32
     bits:int=4, # 4
     group:int=32, # 32
 )->LowBit:
     "Round to 4-bit floats with one power of two for 32 weights."
-    if group != 32: raise ValueError(f"mxfp4 shares a scale among 32 weights (got {group=})")
+    if type(group) is not int or group != 32: raise ValueError(f"mxfp4 shares a scale among 32 weights (got {group=})")
     x = _groups("mxfp4", w, bits, group, (4,))
     X = torch.frexp(x.abs().amax(-1)).exponent.float().sub(3).clamp(-126, 127).exp2()         # frexp: max = f·2^e, ½ ≤ f < 1
     a, mids = (x / X[..., None]).abs(), torch.tensor([.25, .75, 1.25, 1.75, 2.5, 3.5, 5])

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['importance', 'drop', 'narrow', 'cut_head', 'Answers']
 
-# %% ../../../nbs/quantizers/guard_recipe.ipynb #ee021ba0
+# %% ../../../nbs/quantizers/guard_recipe.ipynb #6dda1328
 import torch
 import torch.nn.functional as F
 from dataclasses import replace
 from torch import nn, Tensor
 from ..models.mobilellm import MobileLLM
 from ..models.linear import Linear
+from .lowbit import _expect, _what
 
-# %% ../../../nbs/quantizers/guard_recipe.ipynb #95a59719
+# %% ../../../nbs/quantizers/guard_recipe.ipynb #eb9d1407
 @torch.no_grad()
 def importance(
     model:MobileLLM,
     tokens:Tensor, # text, (B, T) int64
 )->Tensor: # s, (L,): 0 leaves the stream's direction as it is
     "How far each block turns what passes through it."
+    _expect(model, MobileLLM, "a MobileLLM")
     s, at = torch.zeros(len(model.blocks)), {b: i for i, b in enumerate(model.blocks)}
     def watch(block, args, y): s[at[block]] += 1 - F.cosine_similarity(args[0], y, dim=-1).mean()
     handles = [b.register_forward_hook(watch) for b in model.blocks]
@@ -27,20 +29,21 @@ def importance(
     finally: [h.remove() for h in handles]
     return s/model.shape.repeat
 
-# %% ../../../nbs/quantizers/guard_recipe.ipynb #cd02b97a
+# %% ../../../nbs/quantizers/guard_recipe.ipynb #72fac69c
 def drop(
     model:MobileLLM, # not changed
     keep:list[int], # blocks that stay, in order
 )->MobileLLM:
     "The model with fewer blocks."
+    _expect(model, MobileLLM, "a MobileLLM")
     L = model.shape.layers
-    if list(keep) != sorted(set(keep)) or not keep or not 0 <= keep[0] <= keep[-1] < L: raise ValueError(f"`keep` is some of the blocks 0 to {L - 1} in order, each once (got {keep})")
+    if any(type(i) is not int for i in keep) or list(keep) != sorted(set(keep)) or not keep or not 0 <= keep[0] <= keep[-1] < L: raise ValueError(f"`keep` is some of the blocks 0 to {L - 1} in order, each once (got {keep})")
     new = MobileLLM(replace(model.shape, layers=len(keep), post_ln=sum(i < model.shape.post_ln for i in keep)))
     old = model.state_dict()
     new.load_state_dict({n: old[".".join(["blocks", str(keep[int(n.split(".")[1])]), *n.split(".")[2:]]) if n.startswith("blocks.") else n] for n in new.state_dict()})
     return new
 
-# %% ../../../nbs/quantizers/guard_recipe.ipynb #a7de2c51
+# %% ../../../nbs/quantizers/guard_recipe.ipynb #91e77583
 @torch.no_grad()
 def narrow(
     model:MobileLLM, # not changed
@@ -48,7 +51,8 @@ def narrow(
     ff:int, # inner width that stays
 )->MobileLLM:
     "The model with the inner neurons of each block that its output misses most."
-    if not 0 < ff <= model.shape.ff: raise ValueError(f"a model of inner width {model.shape.ff} can keep 1 to {model.shape.ff} neurons (got {ff=})")
+    _expect(model, MobileLLM, "a MobileLLM")
+    if type(ff) is not int or not 0 < ff <= model.shape.ff: raise ValueError(f"a model of inner width {model.shape.ff} can keep 1 to {model.shape.ff} neurons (got {ff=})")
     power, new, state = {}, MobileLLM(replace(model.shape, ff=ff)), dict(model.state_dict())
     def watch(layer, args): power[layer] = power.get(layer, 0) + args[0].square().flatten(0, -2).sum(0)
     handles = [b.mlp.down.register_forward_pre_hook(watch) for b in model.blocks]
@@ -60,14 +64,15 @@ def narrow(
     new.load_state_dict(state)
     return new
 
-# %% ../../../nbs/quantizers/guard_recipe.ipynb #dea91f0a
+# %% ../../../nbs/quantizers/guard_recipe.ipynb #c8940f1e
 def cut_head(
     model:MobileLLM, # not changed
     entries:list[int], # entries of the vocabulary that may be answers, k of them
 )->MobileLLM: # gives logits (B, T, k)
     "The model with a head of its own for a few entries."
+    _expect(model, MobileLLM, "a MobileLLM")
     V, E = model.shape.vocab, list(entries)
-    if len(set(E)) < len(E) or not E or not 0 <= min(E) <= max(E) < V: raise ValueError(f"the entries are some of 0 to {V - 1}, each once (got {E})")
+    if any(type(e) is not int for e in E) or len(set(E)) < len(E) or not E or not 0 <= min(E) <= max(E) < V: raise ValueError(f"the entries are some of 0 to {V - 1}, each once (got {E})")
     if not model.shape.tied and len(model.head.weight) != V: raise ValueError(f"the head is cut already, to {len(model.head.weight)} entries")
     new = MobileLLM(replace(model.shape, tied=False))
     new.load_state_dict(model.state_dict(), strict=False)
@@ -75,7 +80,7 @@ def cut_head(
     with torch.no_grad(): new.head.weight.copy_((model.embed if model.shape.tied else model.head).weight[E])
     return new
 
-# %% ../../../nbs/quantizers/guard_recipe.ipynb #bcaadedb
+# %% ../../../nbs/quantizers/guard_recipe.ipynb #af7cd73a
 class Answers:
     "A hook of `fit`: ask about each window, learn the answer of its domain, and what a teacher expects."
     def __init__(self,
@@ -85,6 +90,8 @@ class Answers:
         teacher:nn.Module|None=None, # whole or cut; None: the right answers only
         share:float=.5, # β
     ):
+        if not isinstance(answers, Tensor) or answers.is_floating_point() or answers.ndim != 2 or not answers.numel(): raise ValueError(f"answers are tokens, (domains, A) (got {_what(answers)})")
+        if len(set(entries)) < len(entries): raise ValueError(f"each entry once (got {list(entries)})")
         if missing := sorted(set(answers.flatten().tolist()) - set(entries)): raise ValueError(f"the answers need entries that the head will not have (got {missing} outside {list(entries)})")
         self.ask, self.answers, self.E, self.teacher, self.share = ask, answers, torch.tensor(entries), teacher, share
     def logits(self,

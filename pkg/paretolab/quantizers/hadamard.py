@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paley', 'orders', 'Hadamard', 'random_signs']
 
-# %% ../../../nbs/quantizers/hadamard.ipynb #82d5abef
+# %% ../../../nbs/quantizers/hadamard.ipynb #c809302d
 import warnings
 import torch
 from functools import cache
@@ -43,19 +43,27 @@ def _sylvester(n): return torch.ones(1, 1) if n == 1 else torch.kron(_sylvester(
 @cache
 def _factor(m): return (_sylvester(m) if m & (m - 1) == 0 else paley(m)).double()/m**.5
 
-# %% ../../../nbs/quantizers/hadamard.ipynb #6eb2af5c
+# %% ../../../nbs/quantizers/hadamard.ipynb #73176b8d
+def _what(x):
+    from paretolab.quantizers.lowbit import _what
+    return _what(x)
+
+# %% ../../../nbs/quantizers/hadamard.ipynb #8ab84b64
 class Hadamard:
     "x ↦ x diag(signs) H on the last axis."
     def __init__(self,
         n:int, # width
         signs:Tensor|None=None, # ±1, (n,); None: no flips
     ):
+        if type(n) is not int or n < 1: raise ValueError(f"a width is a whole number from 1 (got {n!r})")
+        if signs is not None and (not isinstance(signs, Tensor) or signs.shape != (n,) or not bool((signs.abs() == 1).all())): raise ValueError(f"signs are ±1, {n} of them (got {_what(signs)})")
         block = next(b for b in range(n, 0, -1) if n % b == 0 and orders(b))
         if block < n: warnings.warn(f"no Hadamard matrix of order {n} is known here: {n//block} blocks of order {block} on the diagonal mix only {block} axes each", stacklevel=2)
         self.n, self.block, self.signs = n, block, signs
     def __call__(self,
         x:Tensor, # (..., n)
     )->Tensor: # (..., n)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or x.shape[-1] != self.n: raise ValueError(f"this rotation turns floats whose last axis is {self.n} wide (got {_what(x)})")
         y = x if self.signs is None else x*self.signs.to(x.dtype)
         shape = [*x.shape[:-1], self.n//self.block, *orders(self.block)]
         for i, m in enumerate(orders(self.block)):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEVELS', 'pack_bits', 'LowBit', 'save', 'load']
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #eee11d41
-import json, os, torch
+# %% ../../../nbs/quantizers/lowbit.ipynb #4bddee6f
+import json, os, re, torch
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -20,12 +20,30 @@ from ..kernels.unpack import fast as unpack, row_bytes
 # %% ../../../nbs/quantizers/lowbit.ipynb #3b2faaa2
 LEVELS = {1: 2, 1.58: 3, 2: 4, 3: 8, 4: 16, 6: 64, 8: 256} # width in bits -> levels a code of that width can name
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #4c449bfe
+# %% ../../../nbs/quantizers/lowbit.ipynb #b7c29439
+def _what(x):
+    "What `x` is, for a sentence."
+    if isinstance(x, Tensor): return f"{x.dtype} of shape {tuple(x.shape)}" + (", without numbers, on the device meta" if x.is_meta else "" if x.layout == torch.strided else f", {x.layout}")
+    return f"{type(x).__name__}, an object of {type(x).__module__}" + ("; its matrix is its .weight" if isinstance(getattr(x, "weight", None), Tensor) else "")
+
+def _expect(x, kind, wanted):
+    if not isinstance(x, kind): raise ValueError(f"{wanted} is wanted here (got {_what(x)})")
+
+def _matrix(name, w, group):
+    "Columns that share a scale in a matrix of floats `w`, or a sentence on why it cannot be rounded."
+    if not isinstance(w, Tensor) or w.ndim != 2 or not w.is_floating_point() or w.is_meta or w.layout != torch.strided: raise ValueError(f"{name} takes a matrix of floats (got {_what(w)})")
+    g = max(w.shape[1], 1) if type(group) is int and group == 0 else group
+    if type(g) is not int or g < 1 or w.shape[1] % g: raise ValueError(f"a group must divide the columns (got {group=} for {w.shape[1]} columns); 0 is the whole row")
+    return g
+
+# %% ../../../nbs/quantizers/lowbit.ipynb #974b8e33
 def pack_bits(
     codes:Tensor, # integers 0 <= codes < LEVELS[bits], (rows, columns)
     bits:float, # one of LEVELS
 )->Tensor: # uint8, (rows, bytes)
     "Pack each row of `codes` into bytes: layout `plain`."
+    if not isinstance(codes, Tensor) or codes.ndim != 2 or codes.is_floating_point() or codes.is_complex(): raise ValueError(f"codes are a matrix of integers (got {_what(codes)})")
+    if type(bits) not in (int, float) or bits not in LEVELS: raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} bits (got {bits!r})")
     bits = bits if bits == 1.58 else int(bits)
     B, k = (3, 5) if bits == 1.58 else (2, 8) if 8 % bits else (2**bits, 8//bits)
     d = codes.to(torch.uint8)
@@ -49,24 +67,25 @@ def _blocks(shape, bits, group):
         if type(b) not in (int, float) or b not in LEVELS: raise ValueError(f"a width is one of {', '.join(map(str, LEVELS))} bits (got {b!r})")
     return {b: shape[1] * bits.count(b) // len(bits) for b in sorted(set(bits))}
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #2371a3c1
+# %% ../../../nbs/quantizers/lowbit.ipynb #d7faec30
 _SCALES = torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn
 _ZEROS = torch.float16, torch.bfloat16, torch.float32
 
 def _part(name, t, dtypes, shape, finite=True):
-    if t.dtype not in dtypes or t.shape != shape:
+    if not isinstance(t, Tensor) or t.dtype not in dtypes or t.shape != shape:
         kinds = " or ".join(str(d)[6:] for d in dtypes)
-        raise ValueError(f"{name} must be {kinds} of shape {tuple(shape)} (got {str(t.dtype)[6:]} of shape {tuple(t.shape)})")
+        raise ValueError(f"{name} must be {kinds} of shape {tuple(shape)} (got {_what(t).removeprefix('torch.')})")
     if finite and (bad := int((~t.float().isfinite()).sum())): raise ValueError(f"{name} must be finite (got {bad} of {t.numel()} NaN or infinite)")
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #8b2c5edd
+# %% ../../../nbs/quantizers/lowbit.ipynb #779cd125
 def _check(q):
-    (rows, columns), blocks = q.shape, _blocks(q.shape, q.bits, q.group)
+    blocks, (rows, columns) = _blocks(q.shape, q.bits, q.group), q.shape
+    if type(q.packed) is not tuple or type(q.grid) is not tuple: raise ValueError(f"codes and grids are tuples, one for each width (got {_what(q.packed)} and {_what(q.grid)})")
     if not len(blocks) == len(q.packed) == len(q.grid):
         raise ValueError(f"{len(blocks)} widths need as many blocks of codes and grids (got {len(q.packed)} and {len(q.grid)})")
     for (b, n), p, Q in zip(blocks.items(), q.packed, q.grid):
         _part(f"codes.{b:g}", p, (torch.uint8,), (rows, row_bytes(b, n)), finite=False)
-        _part(f"grid.{b:g}", Q, (torch.float32,), (min(max(Q.numel(), 1), LEVELS[b]),))
+        _part(f"grid.{b:g}", Q, (torch.float32,), (min(max(len(Q), 1), LEVELS[b]),) if isinstance(Q, Tensor) and Q.ndim else (LEVELS[b],))
     _part("scales", q.scales, _SCALES, (rows, columns//q.group))
     if q.zeros is not None: _part("zeros", q.zeros, _ZEROS, (rows, columns//q.group))
     if q.perm is not None:
@@ -106,7 +125,7 @@ def _columns(bits, b, group):
     "Stored columns of width `b`: a mask, or everything where there is one width."
     return torch.tensor(bits).eq(b).repeat_interleave(group) if isinstance(bits, tuple) else slice(None)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #a1644d37
+# %% ../../../nbs/quantizers/lowbit.ipynb #0d1fbac0
 @patch(cls_method=True)
 def pack(cls:LowBit,
     codes:Tensor, # integers 0 … levels-1, (rows, columns), in stored order
@@ -118,11 +137,12 @@ def pack(cls:LowBit,
     perm:Tensor|None=None, # (columns,) int32
 )->LowBit:
     "Pack logical codes into a low-bit tensor."
-    if codes.is_floating_point(): raise ValueError(f"codes are integers (got {codes.dtype})")
+    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex(): raise ValueError(f"codes are integers (got {_what(codes)})")
     shape = tuple(codes.shape)
     group = group or max((1, *shape[-1:]))
     packed, blocks = [], _blocks(shape, bits, group)
     grids = grid if isinstance(grid, dict) else dict.fromkeys(blocks, grid)
+    for Q in grids.values(): _expect(Q, Tensor, "a grid, float32 (levels,),")
     if grids.keys() != blocks.keys(): raise ValueError(f"each width needs a grid: {list(blocks)} (got grids for {list(grids)})")
     for b in blocks:
         c = codes[:, _columns(bits, b, group)]
@@ -173,29 +193,36 @@ def _ordered(path):
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) <= n: f.seek(8); f.write(text.ljust(n))
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #f98c2766
+# %% ../../../nbs/quantizers/lowbit.ipynb #42d87c85
 def save(
     path:str|Path, # file to write
     tensors:dict[str,LowBit|Tensor], # by name
     metadata:dict[str,str]|None=None, # strings of the caller's own
 )->None:
     "Write low-bit and plain tensors to one safetensors file."
+    _expect(tensors, dict, "a dict from names to tensors")
+    _expect(metadata or {}, dict, "a dict of metadata, or None,")
     parts, meta = {}, dict(metadata or {})
     for k, v in meta.items():
-        if k.startswith("lowbit:") or not isinstance(v, str):
+        if not isinstance(k, str) or k.startswith("lowbit:") or not isinstance(v, str):
             raise ValueError(f"metadata are strings under keys that do not start with lowbit: (got {k!r}: {v!r})")
     for name, t in tensors.items():
-        if not isinstance(t, (LowBit, Tensor)): raise ValueError(f"{name} must be a LowBit or a Tensor (got {type(t).__name__})")
+        if not isinstance(name, str): raise ValueError(f"a tensor's name is a string (got {name!r})")
+        if not isinstance(t, (LowBit, Tensor)) or isinstance(t, Tensor) and (t.is_meta or t.layout != torch.strided): raise ValueError(f"{name} must be a LowBit or a Tensor with numbers in memory (got {_what(t)})")
         new = {f"{name}.{k}": v for k, v in t.parts.items()} if isinstance(t, LowBit) else {name: t}
         if clash := parts.keys() & new.keys(): raise ValueError(f"two tensors would be stored under one name (got {min(clash)!r} twice)")
         parts |= {k: v.contiguous() for k, v in new.items()}
         if isinstance(t, LowBit): meta[f"lowbit:{name}"] = json.dumps(dict(version=1, layout="plain", shape=t.shape, bits=t.bits,
             group=t.group, zeros=t.zeros is not None, perm=t.perm is not None))
+    if not Path(path).parent.is_dir(): raise ValueError(f"there is no folder {Path(path).parent} to write {Path(path).name} into; make it first")
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         save_file(parts, part, meta)
         if meta: _ordered(part)
         os.replace(part, path)
+    except RuntimeError as e:
+        if not (shared := re.search(r"share memory.*?\{(.*?)\}", str(e), re.S)): raise
+        raise ValueError(f"tensors must not share memory, since a file holds each once (got {' and '.join(sorted(shared[1].split(', ')))}); leave all but one out, or clone them") from None
     finally: part.unlink(missing_ok=True)
 
 # %% ../../../nbs/quantizers/lowbit.ipynb #8ee6d60d
@@ -213,14 +240,15 @@ def _build(m, take):
     return LowBit(tuple(take(f"codes.{b:g}") for b in bs), take("scales"), tuple(take(f"grid.{b:g}") for b in bs),
         shape, bits, m["group"], take("zeros") if m["zeros"] else None, take("perm") if m["perm"] else None)
 
-# %% ../../../nbs/quantizers/lowbit.ipynb #cc850c44
+# %% ../../../nbs/quantizers/lowbit.ipynb #e9cb4215
 def load(
     path:str|Path, # file written by `save`
 )->tuple[dict[str,LowBit|Tensor],dict[str,str]]: # tensors by name, and the caller's metadata
     "Open a file of low-bit and plain tensors; codes stay on disk until they are unpacked."
     try:
         with safe_open(path, "pt") as f: parts, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (SafetensorError, TypeError, ValueError, RuntimeError) as e:
+    except FileNotFoundError: raise
+    except (SafetensorError, TypeError, ValueError, RuntimeError, OSError) as e:
         raise ValueError(f"{path} is not a safetensors file that can be read ({str(e).splitlines()[0]})") from e
     tensors = {}
     for name in [k.removeprefix("lowbit:") for k in meta if k.startswith("lowbit:")]:

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['fits', 'pack', 'table', 'save']
 
-# %% ../../../nbs/quantizers/onnx.ipynb #5e08b357
+# %% ../../../nbs/quantizers/onnx.ipynb #02c8bae5
 import numpy as np, torch
 from pathlib import Path
 from torch import Tensor
 from ..models.shape import Shape
-from .lowbit import LowBit, pack_bits
+from .lowbit import LowBit, _expect, pack_bits
 
-# %% ../../../nbs/quantizers/onnx.ipynb #4a4efd64
+# %% ../../../nbs/quantizers/onnx.ipynb #bf3fbb75
 def fits(
     q:LowBit, # a matrix
 )->tuple[tuple|None,str]: # (bits b, levels in a step of q, level at q = 0), or None; and the reason if there is none
     "How `q` is said in onnxruntime's low-bit products."
+    _expect(q, LowBit, "a LowBit, as quantizers give it,")
     if q.perm is not None: return None, "its columns are stored in another order"
     if isinstance(q.bits, tuple): return None, "its groups have different widths"
     if q.group % 16: return None, f"a block is a power of two of at least 16 columns, so a group has to be a multiple of 16 (got {q.group})"
@@ -43,11 +44,12 @@ def pack(
     if q.zeros is not None: s = np.maximum(s, np.float32(2**-24))
     return dict(bits=b, block=B, codes=pack_bits(code, b).numpy().reshape(R, C//B, -1), scales=s, zeros=None if (z == 2**(b-1)).all() else z)
 
-# %% ../../../nbs/quantizers/onnx.ipynb #792451ca
+# %% ../../../nbs/quantizers/onnx.ipynb #7c264b9d
 def table(
     state:dict[str,LowBit|Tensor], # from `plan.compress`, `gptq.compress` or `paretoq.pack`
 )->dict[str,tuple]: # name -> (bits of a code, 16 or 32 for floats, or None; bytes in the file; the reason if None)
     "What each tensor becomes, and which cannot."
+    _expect(state, dict, "a state {weight name: LowBit or Tensor}")
     out = {}
     for n, t in state.items():
         if not isinstance(t, LowBit): out[n] = (16, 2*t.numel(), "") if t.ndim == 2 else (32, 4*t.numel(), "")
@@ -114,7 +116,7 @@ def _decoder(g, s):
         for _ in range(s.repeat): x = _block(g, f"blocks.{i}", x, s, places, i < s.post_ln)
     return g.linear("embed.weight" if s.tied else "head.weight", g.norm("norm.weight", x, s.eps))
 
-# %% ../../../nbs/quantizers/onnx.ipynb #1f46453b
+# %% ../../../nbs/quantizers/onnx.ipynb #38087a19
 def save(
     path:str|Path, # file to write
     shape:Shape, # of the model
@@ -122,6 +124,8 @@ def save(
 )->Path: # the file: `tokens` (B, T) int64 -> `logits` (B, T, V) float32
     "Write a model for onnxruntime; every low-bit matrix without loss."
     from onnx import helper
+    from paretolab.quantizers.plan import _belongs
+    _belongs(shape, state)
     rows = table(state)
     if bad := {n: why for n, (b, _, why) in rows.items() if not b}: raise ValueError(f"{len(bad)} of {len(state)} tensors have no form in onnxruntime's low-bit products that holds them without loss; {min(bad)}: {bad[min(bad)]}")
     if (size := sum(n for _, n, _ in rows.values())) > 2**31 - 2**24: raise ValueError(f"an ONNX file holds less than 2 GiB (this model has {size} bytes of weights)")

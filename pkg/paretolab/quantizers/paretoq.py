@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['scale', 'fake', 'quantize', 'convert', 'pack']
 
-# %% ../../../nbs/quantizers/paretoq.ipynb #64e83f85
+# %% ../../../nbs/quantizers/paretoq.ipynb #522f4ec6
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from . import plan as plans
-from .lowbit import LowBit
+from .lowbit import LowBit, _expect, _matrix, _what
 
-# %% ../../../nbs/quantizers/paretoq.ipynb #52cb7663
+# %% ../../../nbs/quantizers/paretoq.ipynb #a6c59492
 _PART = {1: 1, 1.58: 1.5, 2: 4} # α / u; 1 from 3 bits on
 _STEPS = {1: (-1, 2, 2), 1.58: (-1, 2, 1), 2: (-3, 4, 2)} # levels in units: first, end and distance
 
 def _range(bits): return _STEPS.get(bits, (-2**(int(bits)-1), 2**(int(bits)-1), 1))
 
 def _check(w, bits, group):
-    if bits not in (1, 1.58, 2, 3, 4, 6, 8): raise ValueError(f"paretoq trains 1, 1.58, 2, 3, 4, 6 or 8 bits (got {bits=})")
-    if w.ndim != 2 or not w.is_floating_point(): raise ValueError(f"paretoq takes a matrix of floats (got {w.dtype} of shape {tuple(w.shape)})")
-    g = group or max(w.shape[1], 1)
-    if type(g) is not int or g < 1 or w.shape[1] % g: raise ValueError(f"a group must divide the columns (got {group=} for {w.shape[1]} columns); 0 is the whole row")
-    return g
+    if type(bits) not in (int, float) or bits not in (1, 1.58, 2, 3, 4, 6, 8): raise ValueError(f"paretoq trains 1, 1.58, 2, 3, 4, 6 or 8 bits (got {bits=})")
+    return _matrix("paretoq", w, group)
+
+def _fits(w, α, bits):
+    "Refuse a scale that is not one of `w`."
+    _check(w, bits, 0)
+    if not isinstance(α, Tensor) or not α.is_floating_point() or α.ndim != 3 or α.shape[::2] != (len(w), 1) or not α.shape[1] or w.shape[1] % α.shape[1]: raise ValueError(f"a scale is of shape ({len(w)}, groups, 1), and the groups divide {w.shape[1]} columns (got {_what(α)})")
 
 def _units(w, α, bits):
     "Levels in units, k (R, C/g, g), and the units (R, C/g, 1) as the file holds them."
@@ -69,16 +71,17 @@ class _Round(torch.autograd.Function):
         if bits == 1.58: s = s + dot(d - dw, W.sign())/3
         return dw.view(w.shape), s/(w.numel()*max(1, _range(bits)[1] - 1 if bits >= 3 else 1))**.5, None
 
-# %% ../../../nbs/quantizers/paretoq.ipynb #8310b5c2
+# %% ../../../nbs/quantizers/paretoq.ipynb #a6f602ed
 def fake(
     w:Tensor, # weights, (R, C)
     α:Tensor, # scale, (R, C/g, 1)
     bits:float, # 1, 1.58, 2, 3, 4, 6 or 8
 )->Tensor: # ŵ in the dtype of w, (R, C)
     "The rounded weights, with gradients for weights and scale."
+    _fits(w, α, bits)
     return _Round.apply(w, α, bits)
 
-# %% ../../../nbs/quantizers/paretoq.ipynb #f22b9167
+# %% ../../../nbs/quantizers/paretoq.ipynb #0fbad4ad
 def quantize(
     w:Tensor, # weights, (R, C)
     bits:float, # 1, 1.58, 2, 3, 4, 6 or 8
@@ -86,7 +89,10 @@ def quantize(
     α:Tensor|None=None, # trained scale, (R, C/g, 1); None: the first
 )->LowBit:
     "The low-bit tensor that `fake(w, α, bits)` stands for."
-    α = scale(w, bits, group) if α is None else α.detach()
+    if α is None: α = scale(w, bits, group)
+    _fits(w, α, bits)
+    if w.shape[1] != α.shape[1]*(g := _check(w, bits, group)): raise ValueError(f"groups of {g} columns have {w.shape[1]//g} scales a row (got {α.shape[1]})")
+    α = α.detach()
     if bad := int((~w.isfinite()).sum()): raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite")
     (k, u), (first, end, step) = _units(w.detach(), α, bits), _range(bits)
     return LowBit.pack(((k - first)/step).to(torch.uint8).view(w.shape), u[..., 0].half(), torch.arange(first, end, step, dtype=torch.float32), bits, group)
@@ -99,12 +105,13 @@ class _Learned(nn.Module):
         self.bits, self.group, self.scale = bits, group, nn.Parameter(scale(w, bits, group))
     def forward(self, w): return fake(w, self.scale, self.bits)
 
-# %% ../../../nbs/quantizers/paretoq.ipynb #05a905a6
+# %% ../../../nbs/quantizers/paretoq.ipynb #361e497a
 def convert(
     model:nn.Module, # changed in place
     plan:dict[str,tuple], # {module name: (bits, group, quantizer)}; entries with "paretoq.quantize" are trained
 )->nn.Module: # the same model
     "Let the layers of `plan` train through their rounding."
+    _expect(model, nn.Module, "a model")
     if done := [n for n, m in model.named_modules() if isinstance(m, _Learned)]: raise ValueError(f"the model is converted already (got {done[0]}); `pack` it")
     plans.model_bytes(plan, {n: p.shape for n, p in model.named_parameters()})
     for n, (bits, group, quantizer) in plan.items():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resolve', 'model_bytes', 'uniform', 'compress', 'restore']
 
-# %% ../../../nbs/quantizers/plan.ipynb #0583a82d
+# %% ../../../nbs/quantizers/plan.ipynb #9cbac254
 import torch
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from inspect import signature
 from math import prod
 from torch import nn, Tensor
 from ..engine.settings import member
-from .lowbit import LowBit, LEVELS
+from .lowbit import LowBit, LEVELS, _expect
 
 # %% ../../../nbs/quantizers/plan.ipynb #25124378
 def resolve(
@@ -51,16 +51,17 @@ def _prices(plan, shapes):
         except ValueError as e: raise ValueError(f"{name}: {e}") from e
     return prices
 
-# %% ../../../nbs/quantizers/plan.ipynb #325cd6b9
+# %% ../../../nbs/quantizers/plan.ipynb #21b2966d
 def model_bytes(
     plan:dict[str,tuple], # {module name: (bits, group, quantizer)}
     shapes:dict[str,tuple], # {weight name: shape}, each shared weight once
 )->int: # bytes of the file but for its header
     "What the compressed model will take; raises if the plan cannot be carried out."
+    _expect(shapes, dict, "a dict from weight names to shapes")
     prices = _prices(plan, shapes)
     return sum(prices[n][3] if n in prices else 2*prod(s) for n, s in shapes.items())
 
-# %% ../../../nbs/quantizers/plan.ipynb #479e5c85
+# %% ../../../nbs/quantizers/plan.ipynb #cd906b82
 def uniform(
     model:nn.Module,
     bits:float, # of every `nn.Linear`
@@ -69,6 +70,7 @@ def uniform(
     embed_bits:float=8, # of every `nn.Embedding`, and of a head that shares its weight
 )->dict[str,tuple]: # {module name: (bits, group, quantizer)}
     "One width for the linear layers, one for the embeddings."
+    _expect(model, nn.Module, "a model")
     modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     first = {id(m.weight): n for n, m in reversed(modules.items())}
@@ -83,12 +85,13 @@ def _half(t):
         raise ValueError(f"what is not quantized is kept in 16-bit floats, and its largest value, {t.abs().max():.4g}, does not fit")
     return h
 
-# %% ../../../nbs/quantizers/plan.ipynb #fc112f2e
+# %% ../../../nbs/quantizers/plan.ipynb #26e03ebb
 def compress(
     model:nn.Module,
     plan:dict[str,tuple], # {module name: (bits, group, quantizer)}
 )->dict[str,LowBit|Tensor]: # by weight name, each shared weight under its first
     "The model's state by `plan`; what the plan does not name becomes 16-bit."
+    _expect(model, nn.Module, "a model")
     params, first, chosen, state = model.state_dict(keep_vars=True), {}, {}, {}
     for n, t in params.items(): first.setdefault(id(t), n)
     for n, entry in _prices(plan, {n: t.shape for n, t in params.items()}).items():
@@ -101,12 +104,14 @@ def compress(
         except ValueError as e: raise ValueError(f"{n}: {e}") from e
     return state
 
-# %% ../../../nbs/quantizers/plan.ipynb #3c9f84e5
+# %% ../../../nbs/quantizers/plan.ipynb #2e12385a
 def restore(
     model:nn.Module, # of the same shape; changed in place
     state:dict[str,LowBit|Tensor], # from `compress` or `lowbit.load`
 )->nn.Module: # the same model
     "Fill `model` with the weights that `state` stands for."
+    _expect(model, nn.Module, "a model"); _expect(state, dict, "a state {weight name: LowBit or Tensor}")
+    for n, t in state.items(): _expect(n, str, "the name of a weight"); _expect(t, (LowBit, Tensor), f"{n}: a LowBit or a Tensor")
     params = model.state_dict(keep_vars=True)
     given = {id(params[n]) for n in state if n in params}
     if unknown := [n for n in state if n not in params]: raise ValueError(f"the model has no {', '.join(unknown)}")
@@ -118,3 +123,17 @@ def restore(
     with torch.no_grad():
         for n, t in state.items(): params[n].copy_(t.dequantize() if isinstance(t, LowBit) else t)
     return model
+
+# %% ../../../nbs/quantizers/plan.ipynb #f102fc19
+def _belongs(shape, state):
+    "Refuse a state that is not the whole of a model of `shape`."
+    from paretolab.models.mobilellm import MobileLLM
+    from paretolab.models.shape import Shape
+    _expect(shape, Shape, "the shape of a model"); _expect(state, dict, "a state {weight name: LowBit or Tensor}")
+    with torch.device("meta"): want = {n: tuple(p.shape) for n, p in MobileLLM(shape).named_parameters()}
+    some = lambda names: ", ".join(sorted(map(str, names))[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if lost := want.keys() - state.keys(): raise ValueError(f"the state lacks {some(lost)} of a model of this shape")
+    if more := state.keys() - want.keys(): raise ValueError(f"a model of this shape has no {some(more)}")
+    for n, s in want.items():
+        _expect(state[n], (LowBit, Tensor), f"{n}: a LowBit or a Tensor")
+        if tuple(state[n].shape) != s: raise ValueError(f"{n} has to be of shape {s} for this model (got {tuple(state[n].shape)})")

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['output_error', 'trace', 'salience', 'divergence']
 
-# %% ../../../nbs/quantizers/sensitivity.ipynb #206e86ab
+# %% ../../../nbs/quantizers/sensitivity.ipynb #6b8bfc38
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from . import plan as plans
-from .lowbit import LowBit
+from .lowbit import LowBit, _expect, _what
 
-# %% ../../../nbs/quantizers/sensitivity.ipynb #015cff72
+# %% ../../../nbs/quantizers/sensitivity.ipynb #ce866a55
 def _rounded(w, entry):
     "The weights of an entry of a plan, in the dtype of w."
     bits, group, quantizer = entry
@@ -21,9 +21,11 @@ def _rounded(w, entry):
 
 def _check(model, options, tokens):
     "Refuse what is not there."
-    if tokens.ndim != 2 or tokens.numel() == 0: raise ValueError(f"a score reads a text of sequences, (n, T) (got shape {tuple(tokens.shape)})")
+    _expect(model, nn.Module, "a model"); _expect(options, dict, "a dict {module name: [(bits, group, quantizer), ...]}")
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2 or tokens.numel() == 0: raise ValueError(f"a score reads a text of sequences of whole numbers, (n, T) (got {_what(tokens)})")
     shapes = {n: p.shape for n, p in model.named_parameters()}
     for n, entries in options.items():
+        if type(entries) is not list or not entries: raise ValueError(f"{n}: options are a list of entries, and at least one (got {entries!r})")
         for e in entries: plans.model_bytes({n: e}, shapes)
 
 # %% ../../../nbs/quantizers/sensitivity.ipynb #e3d58563
@@ -73,7 +75,7 @@ def _traces(model, names, tokens, probes, seed):
             tr = [t + (a*b).sum().item()*len(x)/len(tokens)/probes for t, a, b in zip(tr, v, Hv)]
     return tr
 
-# %% ../../../nbs/quantizers/sensitivity.ipynb #d5dd6d1d
+# %% ../../../nbs/quantizers/sensitivity.ipynb #26599b31
 def trace(
     model:nn.Module, # not changed
     options:dict[str,list], # {module name: [(bits, group, quantizer), ...]}
@@ -83,13 +85,16 @@ def trace(
 )->dict[str,list]: # Ω of each option, in nats per token; a layer whose estimate is negative counts as flat
     "Mean curvature of the loss times the squared error of the weights."
     _check(model, options, tokens)
+    if type(probes) is not int or probes < 1: raise ValueError(f"a trace is a mean over probes, at least one (got {probes=})")
+    if tokens.shape[1] < 2: raise ValueError(f"a loss needs a token and the next, so sequences of at least 2 (got shape {tuple(tokens.shape)})")
+    if not options: return {}
     out = {}
     for n, t in zip(options, _traces(model, options, tokens, probes, seed)):
         w = model.get_submodule(n).weight.detach()
         out[n] = [max(t, 0)/2/w.numel()*(w - _rounded(w, e)).square().sum().item() for e in options[n]]
     return out
 
-# %% ../../../nbs/quantizers/sensitivity.ipynb #af9bdeb2
+# %% ../../../nbs/quantizers/sensitivity.ipynb #3e327652
 def salience(
     model:nn.Module, # not changed
     options:dict[str,list], # {module name: [(bits, group, quantizer), ...]}, linear layers
@@ -98,6 +103,7 @@ def salience(
     "What deleting its weights would cost a layer's output, falling fourfold with each bit."
     from paretolab.quantizers.gptq import factor
     _check(model, options, tokens)
+    if mixed := [n for n, entries in options.items() if any(type(e[0]) in (tuple, list) for e in entries)]: raise ValueError(f"salience falls fourfold with each bit of one width (got a width for each group in {mixed[0]}); `output_error` takes those")
     out = {}
     for n, H in _grams(model, options, tokens).items():
         w, U = model.get_submodule(n).weight.detach(), factor(H, order=False)[2]

@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['ranges', 'smooth']
 
-# %% ../../../nbs/quantizers/smoothquant.ipynb #0ce9473e
+# %% ../../../nbs/quantizers/smoothquant.ipynb #96c735c0
 import copy, torch
 from torch import Tensor
 from ..models.mobilellm import MobileLLM
+from .lowbit import _expect, _what
 
 # %% ../../../nbs/quantizers/smoothquant.ipynb #c820b4e0
 def _readers(block): return {"norm1": (block.attn.q, block.attn.k, block.attn.v), "norm2": (block.mlp.gate, block.mlp.up)}
 
-# %% ../../../nbs/quantizers/smoothquant.ipynb #37f75621
+# %% ../../../nbs/quantizers/smoothquant.ipynb #08ea88c1
 @torch.no_grad()
 def ranges(
     model:MobileLLM, # not changed
     tokens:Tensor, # calibration text, (n, T) int64
 )->dict[str,Tensor]: # by the norm's name: largest output of each axis, (d,)
     "The largest number on each axis behind each norm of the blocks."
-    if tokens.ndim != 2 or not tokens.numel(): raise ValueError(f"calibration text is sequences, (n, T) (got shape {tuple(tokens.shape)})")
+    _expect(model, MobileLLM, "a MobileLLM")
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2 or not tokens.numel(): raise ValueError(f"calibration text is sequences of tokens, (n, T) (got {_what(tokens)})")
     a, handles = {}, []
     def watch(layer, args, y, n): a[n] = torch.maximum(a.get(n, torch.zeros_like(y[0, 0])), y.abs().flatten(0, 1).amax(0))
     for i, b in enumerate(model.blocks):
@@ -31,7 +33,7 @@ def ranges(
         for h in handles: h.remove()
     return a
 
-# %% ../../../nbs/quantizers/smoothquant.ipynb #7589c524
+# %% ../../../nbs/quantizers/smoothquant.ipynb #3d52be24
 @torch.no_grad()
 def smooth(
     model:MobileLLM, # not changed; norms before the residual
@@ -39,8 +41,11 @@ def smooth(
     alpha:float=.5, # α: 0 smooths the weights, 1 the activations
 )->MobileLLM: # the same function
     "Move the size of each axis from activations to weights."
+    _expect(model, MobileLLM, "a MobileLLM"); _expect(a, dict, "a dict of ranges, from `ranges`,")
     if model.shape.post_ln: raise ValueError(f"a norm after the residual has other readers than the next matrices (got post_ln={model.shape.post_ln})")
-    if not 0 <= alpha <= 1: raise ValueError(f"α is a share from 0 to 1 (got {alpha})")
+    if type(alpha) not in (int, float) or not 0 <= alpha <= 1: raise ValueError(f"α is a share from 0 to 1 (got {alpha!r})")
+    for n in (f"blocks.{i}.{norm}" for i, b in enumerate(model.blocks) for norm in _readers(b)):
+        if not isinstance(a.get(n), Tensor) or a[n].shape != (model.shape.dim,): raise ValueError(f"the range of {n} is of shape {(model.shape.dim,)} (got {_what(a.get(n))}); take them from this model by `ranges`")
     new = copy.deepcopy(model)
     for i, b in enumerate(new.blocks):
         for norm, layers in _readers(b).items():

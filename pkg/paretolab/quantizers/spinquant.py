@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['fold', 'rotate', 'orthogonal', 'cayley', 'learn']
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #3f07b247
+# %% ../../../nbs/quantizers/spinquant.ipynb #d6eb09c2
 import torch
 from collections.abc import Callable
 from dataclasses import replace
 from torch import Tensor
 from torch.func import functional_call
 from ..models.mobilellm import MobileLLM
-from .hadamard import Hadamard
+from .hadamard import Hadamard, _what
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #84f5d4dd
+# %% ../../../nbs/quantizers/spinquant.ipynb #9359b5b1
 @torch.no_grad()
 def fold(
     model:MobileLLM, # not changed; norms before the residual
 )->MobileLLM: # the same function, all norm weights 1, and a head of its own
     "Multiply the norms' weights into the matrices that follow them."
+    from paretolab.quantizers.lowbit import _expect
+    _expect(model, MobileLLM, "a MobileLLM")
     if model.shape.post_ln: raise ValueError(f"a norm after the residual cannot be folded into the next matrix: the residual passes it too (got post_ln={model.shape.post_ln})")
     new = MobileLLM(replace(model.shape, tied=False)).to(model.embed.weight.dtype)
     new.load_state_dict(model.state_dict(), strict=False)
@@ -31,7 +33,20 @@ def fold(
     new.norm.weight.fill_(1)
     return new
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #9e03ab1a
+# %% ../../../nbs/quantizers/spinquant.ipynb #729261ee
+def _square(R, n):
+    if not isinstance(R, Tensor) or not R.is_floating_point() or R.shape != (n, n): raise ValueError(f"this rotation is of shape {(n, n)} (got {_what(R)})")
+
+def _check(model, R1, R2):
+    "Refuse what is no folded model, or no rotations of it."
+    from paretolab.quantizers.lowbit import _expect
+    _expect(model, MobileLLM, "a MobileLLM")
+    if any((p != 1).any() for n, p in model.named_parameters() if "norm" in n): raise ValueError("a norm's weights do not commute with a rotation; `fold` the model first")
+    if len(R2) not in (0, len(model.blocks)): raise ValueError(f"R2 is one rotation for each of {len(model.blocks)} blocks, or none (got {len(R2)})")
+    for R, n in ((R1, model.shape.dim), *((R, model.shape.head_dim) for R in R2)):
+        _square(R, n)
+        if (off := (R.double() @ R.double().T - torch.eye(n)).abs().max().item()) > 1e-6: raise ValueError(f"a rotation has to be orthogonal to 1e-6 (got {off:.2g}); see `orthogonal`")
+
 def _turned(weights, R1, R2):
     "Folded weights by name, turned; R2 by block, or none."
     out = {}
@@ -44,7 +59,7 @@ def _turned(weights, R1, R2):
         out[n] = w
     return out
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #7f96782d
+# %% ../../../nbs/quantizers/spinquant.ipynb #87fcbe24
 @torch.no_grad()
 def rotate(
     model:MobileLLM, # from `fold`; changed in place
@@ -53,10 +68,7 @@ def rotate(
     online:bool=False, # R4: rotate the input of `mlp.down` at run time
 )->MobileLLM: # the same function
     "Turn the axes of a folded model."
-    if any((p != 1).any() for n, p in model.named_parameters() if "norm" in n): raise ValueError("a norm's weights do not commute with a rotation; `fold` the model first")
-    if len(R2) not in (0, len(model.blocks)): raise ValueError(f"R2 is one rotation for each of {len(model.blocks)} blocks, or none (got {len(R2)})")
-    for R in (R1, *R2):
-        if (off := (R.double() @ R.double().T - torch.eye(len(R))).abs().max().item()) > 1e-6: raise ValueError(f"a rotation has to be orthogonal to 1e-6 (got {off:.2g}); see `orthogonal`")
+    _check(model, R1, R2)
     for n, w in _turned(dict(model.named_parameters()), R1, R2).items(): model.get_parameter(n).copy_(w)
     if online:
         turn = Hadamard(model.shape.ff)
@@ -65,27 +77,29 @@ def rotate(
             b.mlp.down.register_forward_pre_hook(lambda layer, args: (turn(args[0]),))
     return model
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #d17b5637
+# %% ../../../nbs/quantizers/spinquant.ipynb #eccd13eb
 def orthogonal(
     R:Tensor, # nearly orthogonal, (n, n)
 )->Tensor: # float64, (n, n)
     "The orthogonal matrix nearest to `R`."
+    _square(R, R.shape[0] if isinstance(R, Tensor) and R.ndim else 0)
     U, _, V = torch.linalg.svd(R.double())
     return U @ V
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #caab1e5d
+# %% ../../../nbs/quantizers/spinquant.ipynb #3806ce0f
 def cayley(
     R:Tensor, # rotation, (n, n)
     G:Tensor, # gradient of the loss with respect to R, (n, n)
     lr:float, # largest angle of the step, in radians (about)
 )->Tensor: # rotation, (n, n)
     "One step down the loss on the manifold of rotations."
+    for X in (R, G): _square(X, len(R) if isinstance(R, Tensor) and R.ndim else 0)
     A = G @ R.T - R @ G.T
     A = A*(lr/torch.linalg.matrix_norm(A, 2).clamp_min(torch.finfo(A.dtype).tiny))
     I = torch.eye(len(R), dtype=R.dtype)
     return torch.linalg.solve(I + A/2, (I - A/2) @ R)
 
-# %% ../../../nbs/quantizers/spinquant.ipynb #cb92da94
+# %% ../../../nbs/quantizers/spinquant.ipynb #faf7bb1c
 def learn(
     model:MobileLLM, # from `fold`, with R4 and rounded activations if it will run with them; not changed
     R1:Tensor, # rotation to start from, (d, d)
@@ -96,6 +110,7 @@ def learn(
 )->tuple[Tensor,list[Tensor],list[float]]: # R1 and R2, float64, and the loss of each step
     "Learn the rotations of a quantized model by Cayley steps."
     from paretolab.engine.fit import losses
+    _check(model, R1, R2)
     weights, Rs, log = {n: p.detach() for n, p in model.named_parameters()}, [R.double() for R in (R1, *R2)], []
     for i, x in enumerate(batches):
         for R in Rs: R.requires_grad_()
