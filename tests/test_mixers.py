@@ -252,7 +252,7 @@ def test_many_domains_need_no_more_than_blocks(monkeypatch):
     assert sizes == [1000, 1000, 500]
 
 def test_a_run_cannot_make_runs(tmp_path):
-    with pytest.raises(ValueError, match="RegMix asked for Run.*engine.sweep"): trained(tmp_path, RegMix(), 3)
+    with pytest.raises(ValueError, match="RegMix asked for a Run.*paretolab mix or engine.sweep"): trained(tmp_path, RegMix(), 3)
 
 # One update
 

@@ -764,6 +764,7 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
             'paretolab.mixers.likelihood_ratio': { 'paretolab.mixers.likelihood_ratio.log_ratio': ( 'mixers/likelihood_ratio.html#log_ratio',
                                                                                                     'paretolab/mixers/likelihood_ratio.py')},
             'paretolab.mixers.mix': { 'paretolab.mixers.mix._proxy_run': ('mixers/mix.html#_proxy_run', 'paretolab/mixers/mix.py'),
+                                      'paretolab.mixers.mix._said': ('mixers/mix.html#_said', 'paretolab/mixers/mix.py'),
                                       'paretolab.mixers.mix._table': ('mixers/mix.html#_table', 'paretolab/mixers/mix.py'),
                                       'paretolab.mixers.mix.mix': ('mixers/mix.html#mix', 'paretolab/mixers/mix.py'),
                                       'paretolab.mixers.mix.proxies': ('mixers/mix.html#proxies', 'paretolab/mixers/mix.py'),

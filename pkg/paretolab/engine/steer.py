@@ -111,7 +111,7 @@ class _Requests:
         plan = list(self.mixer.plan(self.state, self.run["planned"])) if s["open"] else []
         self.open = plan[len(plan) - s["open"]:]
 
-# %% ../../../nbs/engine/steer.ipynb #3207d1f0
+# %% ../../../nbs/engine/steer.ipynb #9ca46bd4
 def _answer(h):
     "Answer open requests until one needs more training."
     while h.open:
@@ -122,7 +122,7 @@ def _answer(h):
         elif isinstance(r, Influence): h._told(_worth(_as_of(h.kept, h.run["kept"][str(r.step)], h.model), h.stream, h.windows, r.targets, r.samples, h.seed))
         elif isinstance(r, Probe): h.run.update(before=h.run["before"] or held_out(h.model, h.windows), left=r.steps); return h._ask(dict(zip(h.stream.domains, r.weights)))
         elif r == Evaluate(excess=True) and h.reference: return
-        else: raise ValueError(f"{type(h.mixer).__name__} asked for {r}, which needs {'a reference model: pass one' if isinstance(r, Evaluate) else 'runs of its own: make them with engine.sweep'}")
+        else: raise ValueError(f"{type(h.mixer).__name__} asked for {r if isinstance(r, Evaluate) else 'a Run'}, which needs {'a reference model: pass one to Steer (the command line has none)' if isinstance(r, Evaluate) else 'runs of its own: make them with paretolab mix or engine.sweep, and train on the mixture found'}")
 
 # %% ../../../nbs/engine/steer.ipynb #90efd437
 class Steer(_Requests):

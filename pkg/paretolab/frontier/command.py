@@ -34,7 +34,7 @@ def preset(
     if name not in presets: raise ValueError(f"presets are {', '.join(presets)} (got {name!r})")
     return presets[name]
 
-# %% ../../../nbs/frontier/command.ipynb #33ed6216
+# %% ../../../nbs/frontier/command.ipynb #de91e343
 def _parser():
     top = argparse.ArgumentParser(prog="paretolab", allow_abbrev=False, description="The best small language model for a budget, and what each choice costs.")
     top.add_argument("--version", action="version", version=__version__)
@@ -48,7 +48,7 @@ def _parser():
         else:
             sub.add_argument("--method", metavar="module.attribute", default="regmix.RegMix", help="a method of paretolab.mixers: one that wants a table of small runs gets it, one that measures inside a run gets one (regmix.RegMix)")
             sub.add_argument("--target", action="append", default=[], metavar="NAME", help="a domain whose loss counts; may be given several times (all)")
-            sub.add_argument("--runs", type=int, default=32, metavar="int", help="small runs of a table, each of --steps steps (32)")
+            sub.add_argument("--runs", type=int, default=32, metavar="int", help="small runs of a table, each of --steps steps, or of 50 where that is 0 (32)")
         for f in fields(Settings): sub.add_argument("--" + f.name.replace("_", "-"), dest="set_" + f.name, metavar="numbers" if f.type is tuple else f.type.__name__, help=f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})".replace("%", "%%"))
     _writing(subs.add_parser("generate", allow_abbrev=False, help="let a model write", description="Let a model write, from its low-bit tensors."))
     return top

@@ -48,7 +48,7 @@ def _planned(s):
     if not fits: raise ValueError(f"the plan {s.plan} cannot be carried out{why}")
     return p, fits
 
-# %% ../../../nbs/frontier/job.ipynb #f0af4cd1
+# %% ../../../nbs/frontier/job.ipynb #caa67aae
 def _check(s, globs):
     "Refuse what can be known before any text is read."
     from paretolab.models import hf
@@ -57,7 +57,7 @@ def _check(s, globs):
     from paretolab.quantizers.plan import resolve
     resolve(s.quantizer); o = member("optimizers", s.optimizer)
     if not (isinstance(o, type) and issubclass(o, torch.optim.Optimizer)): raise ValueError(f"optimizers.{s.optimizer} is no optimizer (got {o!r})")
-    if not all(hasattr(member("mixers", s.mixer), a) for a in ("init", "plan", "observe", "weights")): raise ValueError(f"mixers.{s.mixer} is no mixer (got {member('mixers', s.mixer)!r})")
+    if not all(hasattr(member("mixers", s.mixer), a) for a in ("init", "plan", "observe", "weights")): raise ValueError(f"mixers.{s.mixer} is no mixer: it lacks init, plan, observe or weights (got {member('mixers', s.mixer)!r}); take one that has them, as aioli.Aioli")
     if not globs and s.share != Settings.share: raise ValueError(f"the text of the package has one split, share={Settings.share}: with another, the shipped checkpoint would be judged on text it has seen (got share={s.share}); a share is for your own text")
     if s.start and (was := hf.shape(s.start)) != mobilellm(s.shape): raise ValueError(f"training goes on with the same shape: {s.start} holds {was} and shape={s.shape!r} is {mobilellm(s.shape)}")
     if s.length > (most := mobilellm(s.shape).context): raise ValueError(f"shape {s.shape!r} reads at most {most} tokens (got length={s.length})")

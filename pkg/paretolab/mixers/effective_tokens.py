@@ -37,7 +37,7 @@ def law(
     a, α, b, β, E = theta
     return E + np.exp(a - α*np.log(N)) + np.exp(b - β*np.log(D))
 
-# %% ../../../nbs/mixers/effective_tokens.ipynb #788bafc8
+# %% ../../../nbs/mixers/effective_tokens.ipynb #87b924cb
 def fit_law(
     N:np.ndarray, # parameters, (R,)
     D:np.ndarray, # tokens, (R,)
@@ -50,10 +50,14 @@ def fit_law(
     N, D, L = (np.asarray(v, float) for v in (N, D, loss)); free = 5 if quality is None else 7
     if not (len(L) > free and all(np.isfinite(v).all() and (v > 0).all() for v in (N, D, L))): raise ValueError(f"{free} constants take more than {free} runs, with finite positive numbers (got {len(L)} runs)")
     q = np.zeros((len(L), 2)) if quality is None else np.asarray(quality, float); q0 = q.mean(0)
-    f = lambda p: law(p[:5], N, effective(D, q - q0, np.append(p[5:], (0., 0.))[:2])) - L
+    Dq = lambda p: effective(D, q - q0, np.append(p[5:], (0., 0.))[:2])
+    f = lambda p: law(p[:5], N, Dq(p)) - L
+    def slopes(p):                                            # of f, a column a constant
+        u, x = np.exp(p[0] - p[1]*np.log(N)), np.log(Dq(p)); v = np.exp(p[2] - p[3]*x)
+        return np.c_[u, -u*np.log(N), v, -v*x, np.ones(len(L)), -p[3]*v[:,None]*(q - q0)][:,:free]
     low, high = [-5, .02, -5, .02, 0, -60, -60][:free], [12, 1.5, 25, 1.5, L.min(), 60, 60][:free]
     starts = np.random.default_rng(seed).uniform([0, .1, 1, .1, 0, -2, -2][:free], [5, .6, 8, .6, .9*L.min(), 2, 2][:free], (4, free))
-    p = min((least_squares(f, x, bounds=(low, high), loss="soft_l1", f_scale=.02) for x in starts), key=lambda r: r.cost).x
+    p = min((least_squares(f, x, slopes, bounds=(low, high), loss="soft_l1", f_scale=.02) for x in starts), key=lambda r: r.cost).x
     if quality is None: return p, np.zeros(2)
     p[2] += p[3]*(q0 @ p[5:])                                 # back to quality from 0
     return p[:5], p[5:]

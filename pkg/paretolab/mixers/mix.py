@@ -56,14 +56,23 @@ def stacks(
             for k,(key,_) in enumerate(groups[i]): yield key, dict(error=out["error"], seconds=seconds) if "error" in out else dict(result=out["result"][k], seconds=seconds)
     return run
 
-# %% ../../../nbs/mixers/mix.ipynb #981333ad
+# %% ../../../nbs/mixers/mix.ipynb #8795dfd7
+def _said(executor, steps):
+    "An executor that says on the terminal what is done."
+    def run(name, todo):
+        import sys
+        print(f"{len(todo)} small runs of {steps} steps", file=sys.stderr)
+        for i,(key,out) in enumerate(executor(name, todo), 1): print(f"{i} of {len(todo)} after {out['seconds']:.0f} s of its own" + (f": {out['error']}" if "error" in out else ""), file=sys.stderr); yield key, out
+    return run
+
+# %% ../../../nbs/mixers/mix.ipynb #cebe37c4
 def _table(s, text, mixer, executor):
     "Ask an offline method after the small runs that are missing."
     from paretolab.engine.sweep import local, sweep
     from paretolab.mixers.mix import proxy                           # under the name another process imports it by
     state = mixer.init(list(text.weights), text.weights, s.seed); plan = mixer.plan(state, 0)
     configs = [dict(settings=asdict(s), tokens={d: str(t.path) for d,t in text.tokens.items()}, weights=dict(zip(text.weights, r.weights))) for r in plan]
-    outs = sweep(proxy, configs, Path(s.out)/"mix"/"runs.jsonl", executor or (stacks() if s.batch*s.length <= FEW else local()))
+    outs = sweep(proxy, configs, Path(s.out)/"mix"/"runs.jsonl", _said(executor or (stacks() if s.batch*s.length <= FEW else local()), s.steps))
     if bad := [o["error"] for o in outs if "error" in o]: raise ValueError(f"{len(bad)} of {len(outs)} small runs failed, the first with: {bad[0]}")
     return mixer.observe(state, {r: o["result"] for r,o in zip(plan, outs)})
 
@@ -78,9 +87,9 @@ def _proxy_run(s, text, mixer):
     if h.state.get("done") is False: raise ValueError(f"{s.mixer} keeps {mixer.checkpoints} checkpoints of its run and is told samples' influence a step after the last: give at least {mixer.checkpoints + 1} steps (got steps={s.steps})")
     return h.state
 
-# %% ../../../nbs/mixers/mix.ipynb #1d1cea66
+# %% ../../../nbs/mixers/mix.ipynb #c78e1805
 def mix(
-    s:Settings, # of each small run; `steps` has to be given
+    s:Settings, # of each small run, which takes 50 steps where `steps` is 0
     method:str, # a member of paretolab.mixers, as "regmix.RegMix"
     targets:tuple=(), # domains whose loss counts; all where empty
     runs:int=32, # small runs, for a method that wants a table of them
@@ -89,8 +98,7 @@ def mix(
 )->dict: # method, targets, runs, weights, predicted; also written to mixture.json under the output folder
     "Make the small runs that are missing and ask the method for its mixture."
     from paretolab.frontier import job
-    if not s.steps: raise ValueError(f"small runs all take the same number of steps: give one (got steps={s.steps})")
-    s = replace(s, mixer=method, temperature=1.)                     # the prior is the text's proportions
+    s = replace(s, mixer=method, temperature=1., steps=s.steps or 50)                    # the prior is the text's proportions; all runs are as long
     text = job.prepare(s, globs); takes = {f.name for f in fields(m)} if is_dataclass(m := member("mixers", method)) else set()
     if odd := sorted(set(targets) - set(text.weights)): raise ValueError(f"the target {odd[0]!r} is none of the domains {', '.join(text.weights)}")
     if targets and "targets" not in takes: raise ValueError(f"{method} weighs all domains' losses alike and knows no target (got {', '.join(targets)}); leave it out, or ask regmix.RegMix")
