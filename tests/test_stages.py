@@ -89,6 +89,7 @@ def test_a_consumer_may_stop_anywhere(run, stop, threads, ahead):
     closed, before = [], left()
     results = run(endless(closed), [Stage(lambda x: x, c) for c in threads], ahead)
     assert [next(results)[1] for _ in range(stop)] == list(range(stop))
+    time.sleep(.02)                                                         # everything that may be under way is, and the source waits
     results.close()
     assert left() == before and (run is over_spdl or closed == ["source"]*(stop > 0))      # closed by the thread that read it
 
