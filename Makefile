@@ -26,7 +26,7 @@ demo: $(READY) ## train, compress, measure, and draw the frontier (paretolab fro
 test: $(READY) browser ## all tests and all pages
 	$(BIN)/python -m pytest --durations=15
 
-soak: $(READY) browser ## long fault and property campaigns, with a journal in soak/
+soak: $(VENV)/.handoffs browser ## long fault and property campaigns, with a journal in soak/
 	$(BIN)/python -m pytest -m soak
 
 lab: $(READY) ## JupyterLab on the pages, at 127.0.0.1 only
@@ -34,6 +34,10 @@ lab: $(READY) ## JupyterLab on the pages, at 127.0.0.1 only
 
 docs: $(READY) ## the website, in _docs/
 	$(BIN)/python docs/build.py
+
+$(VENV)/.handoffs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[lm_eval,executorch]' || echo "not all tools that models are handed to could be installed: their tests are skipped"
+	@touch $@
 
 $(VENV)/.bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[bench]' || echo "not all engines that bench/ compares with could be installed: what needs them is left out"

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['train_tokenizer', 'tokenizer', 'token_bytes', 'build', 'Tokens']
 
-# %% ../../../nbs/data/tokens.ipynb #6f51e7fa
+# %% ../../../nbs/data/tokens.ipynb #47dec06e
 import hashlib, json, os, weakref
 from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 from .corpus import check_name
+from .stages import Stage, staged
 
 # %% ../../../nbs/data/tokens.ipynb #3a910a32
 def train_tokenizer(
@@ -78,7 +79,21 @@ def _opens(path):
     try: return bool(Tokens(path))
     except ValueError: return False
 
-# %% ../../../nbs/data/tokens.ipynb #00f24c95
+# %% ../../../nbs/data/tokens.ipynb #6ab3dea8
+def _groups(ds, start, chunk, size=16):
+    "Small groups of documents, none across the end of a chunk: name and (first, texts)."
+    for i in range(start, len(ds), chunk):
+        for j in range(i, end := min(i + chunk, len(ds)), size): yield f"documents {j} to {min(j + size, end) - 1}", (j, ds[j:min(j + size, end)]["text"])
+
+def _stages(domain, tok, dtype):
+    "A group's tokens as bytes: encoded on all cores, and packed."
+    def encode(group): return group[0], tok.encode_batch_fast(group[1], add_special_tokens=False)
+    def pack(group):
+        if empty := [i for i,e in enumerate(group[1], group[0]) if not e.ids]: raise ValueError(f"domain {domain!r}: document {empty[0]} gives no tokens; leave it out")
+        return group[0] + len(group[1]), b"".join(np.array(e.ids + [0], dtype).tobytes() for e in group[1])
+    return [Stage(encode, os.cpu_count() or 1), Stage(pack)]
+
+# %% ../../../nbs/data/tokens.ipynb #64fcdd0e
 def _build_domain(domain, ds, tok, folder, chunk):
     "Write or finish one domain's token file; the number of tokens."
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
@@ -90,13 +105,11 @@ def _build_domain(domain, ds, tok, folder, chunk):
     if not at["documents"]: part.unlink(missing_ok=True)        # a link that stood there is not followed
     with open(part, "r+b" if at["documents"] else "xb") as f:
         f.truncate(at["bytes"]); f.seek(at["bytes"])
-        for i in range(at["documents"], len(ds), chunk):
-            rows = ds[i:i+chunk]
-            for j,e in enumerate(tok.encode_batch_fast(rows["text"], add_special_tokens=False)):
-                if not e.ids: raise ValueError(f"domain {domain!r}: document {i+j} gives no tokens; leave it out")
-                f.write(np.array(e.ids + [0], dtype).tobytes())
-            f.flush(); os.fsync(f.fileno())
-            _write_json(done, dict(identity=identity, documents=i+len(rows["text"]), bytes=f.tell()))
+        for _,(n, raw) in staged(_groups(ds, at["documents"], chunk), _stages(domain, tok, dtype)):
+            f.write(raw)
+            if n == len(ds) or (n - at["documents"]) % chunk == 0:
+                f.flush(); os.fsync(f.fileno())
+                _write_json(done, dict(identity=identity, documents=n, bytes=f.tell()))
     size = part.stat().st_size
     final.unlink(missing_ok=True)                             # a record never stands beside other tokens
     os.replace(part, folder/f"{domain}.tokens")
