@@ -104,6 +104,20 @@ def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
         alive.append(old)
     record_property("mutants", len(MUTANTS)); assert not alive, alive
 
+@pytest.mark.soak
+def test_without_threads_it_is_done_and_without_memory_it_is_said(tmp_path, monkeypatch):
+    def run(old, new, threads=4):
+        (tmp_path/"broken.cpp").write_text("#include <new>\n#include <system_error>\n" + SOURCE.read_text().replace(old, new + old)); assert old in SOURCE.read_text()
+        lib = ctypes.CDLL(str(native.build(tmp_path/"broken.cpp", tmp_path, "broken", (shutil.which("g++"), *native._flags))))
+        monkeypatch.setattr(native, "load", lambda name: lib); monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        torch.manual_seed(0); W, G, M = torch.randn(3, 900, 512); S = steps.Sketch(torch.randint(0, 64, (2, 512), dtype=torch.int32), torch.ones(2, 512), 64)
+        assert steps.lion([W], [G], [M], .1, (.9, .99), 1.)
+        return W, M, *steps.project(G, S)
+    thread, memory = "others[i] = std::thread(part, a, to);", "std::vector<float> memory("
+    whole, broken = run(thread, "", 1), run(thread, "throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again)); ")
+    assert all(torch.equal(a, b) for a,b in zip(whole, broken, strict=True))
+    with pytest.raises(MemoryError, match="nothing has changed"): run(memory, "throw std::bad_alloc(); ")
+
 def test_what_does_not_fit_never_reaches_c():
     with pytest.raises(TypeError, match="int32 rows"): steps.Sketch(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4), 2)
     with pytest.raises(ValueError, match="0 to r - 1"): steps.Sketch(torch.full((1, 4), 10**8, dtype=torch.int32), torch.ones(1, 4), 2)

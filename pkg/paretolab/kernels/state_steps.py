@@ -28,15 +28,16 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #883aeded
+# %% ../../../nbs/kernels/state_steps.ipynb #f62dba19
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("expanded", _I)] + \
-        [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "eps")] + [(n, _P) for n in ("lines", "curves", "powers", "borders", "shifts")]
+        [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "eps")] + [(n, _P) for n in ("decades", "curves", "powers", "planes", "borders", "steps", "shifts")]
 
-_lines = torch.cat([x for s in (True, False) for x in (*(t.mT.flatten() for t in state_codes.Tree.lines[s]), state_codes.Tree.borders[s])])
+_decades = torch.cat([torch.nn.functional.pad(x, (0, 8 - len(x))) for s in (True, False) for x in (state_codes.Tree.D[s], state_codes.Tree.A[s], state_codes.Tree.borders[s])])
 _curves = torch.tensor([*state_codes._INV, *state_codes._LOG, *state_codes._SERIES, state_codes._RANGE])
 _powers = torch.cat([state_codes.Expanded.E, state_codes.Expanded.M], 1)
+_planes = _powers.view(torch.uint8).view(-1, 2, 16, 4).mT.contiguous()
 _shifts = state_codes.Expanded.shift.to(torch.uint8)
 
 def _stretches(places):
@@ -48,6 +49,13 @@ def _stretches(places):
     for which,it in ((1, ~second & (low < 255)), (2, second)): out[k[it], which, stretch[it]] = low[it].to(torch.uint8)
     return out
 _borders = _stretches(state_codes.Expanded.places)
+
+def _steps(places):
+    "Of each power and each 64 places: 64 times the code they begin with, and the last of them that has it; (129, 1024)."
+    begin = 126 - torch.searchsorted(places, (64*torch.arange(1024, dtype=torch.int32)).expand(len(places), 1024).contiguous())
+    last = torch.full_like(begin, 63).scatter_(1, places.long() >> 6, (places & 63).long())
+    return (64*begin + last).to(torch.uint16)
+_steps_at = _steps(state_codes.Expanded.places)
 
 def _rows(t): return t.view(len(t), math.prod(t.shape[1:]))
 def _flat(moment): return _rows(moment[0]), *moment[1:]
@@ -61,7 +69,7 @@ def _job(form, m, v=(), w=None, g=None, **numbers):
     for x in (m, v or m):
         if any(t is not None and t.shape != m[0].shape for t in (w, g, x[0])) or any(t.numel() != blocks for t in x[1:]): raise ValueError(f"weights, gradients and codes have one shape, with {blocks} scales for {tuple(m[0].shape)} (got {[tuple(t.shape) for t in (w, g, *x) if t is not None]})")
     m, v = (*m, *[None]*(3 - len(m))), (*v, *[None]*(3 - len(v)))
-    return _Job(_at(w), _at(g), *map(_at, m), *map(_at, v), math.prod(m[0].shape[1:]), v[0] is None, form.kind, **numbers, lines=_at(_lines), curves=_at(_curves), powers=_at(_powers), borders=_at(_borders), shifts=_at(_shifts))
+    return _Job(_at(w), _at(g), *map(_at, m), *map(_at, v), math.prod(m[0].shape[1:]), v[0] is None, form.kind, **numbers, decades=_at(_decades), curves=_at(_curves), powers=_at(_powers), planes=_at(_planes), borders=_at(_borders), steps=_at(_steps_at), shifts=_at(_shifts))
 
 def _step(lib, path, form, m, v, w, g, numbers):
     if isinstance(w, FakeTensor): return

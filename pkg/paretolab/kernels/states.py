@@ -97,52 +97,52 @@ def naive_adamw(
     w.copy_(w.float()*(1 - lr*weight_decay) - x*(lr/(1 - betas[0]**t))/(y.double().sqrt().float()*(1 - betas[1]**t)**-0.5 + eps))
     for old,new in zip((*m, *v), (*form.encode(x, True), *form.encode(y, False))): old.copy_(new)
 
-# %% ../../../nbs/kernels/states.ipynb #828d445e
-_lines = torch.cat([x for s in (True, False) for x in (*(t.mT.flatten() for t in Tree.lines[s]), Tree.borders[s])])
+# %% ../../../nbs/kernels/states.ipynb #795a8f3d
+_decades = torch.cat([torch.nn.functional.pad(x, (0, 8 - len(x))) for s in (True, False) for x in (Tree.D[s].abs(), Tree.A[s], Tree.borders[s])])
 
 @triton.jit
-def _value(c, s, lines, SIGNED: tl.constexpr):
-    u = (2*tl.minimum(c, 256 - c) + 1 if SIGNED else c + 1).to(tl.float32)
-    n = (u.to(tl.int32, bitcast=True) >> 23) + 1 & 7
-    x = (tl.load(lines + n)*u + tl.load(lines + 8 + n))*s
+def _value(c, s, decades, SIGNED: tl.constexpr):
+    p = tl.minimum(c, 256 - c) if SIGNED else c
+    u = (p.to(tl.float32) + (0.5 if SIGNED else 1.5)).to(tl.int32, bitcast=True)
+    g = (u & 0x7fffff | 0x3f800000).to(tl.float32, bitcast=True)
+    x = tl.where(p > 0, 14.4*g - 12.8, 0.0)*(tl.load(decades + ((u >> 23) + 1 & 7))*s)
     return tl.where(c > 128, -x, x) if SIGNED else x
 
 @triton.jit
-def _code(x, lines, SIGNED: tl.constexpr):
+def _code(x, decades, SIGNED: tl.constexpr):
     a = tl.abs(x)
     top = tl.max(a.to(tl.int32, bitcast=True), axis=0)
     good = (top >= 0x800000) & (top < 0x7f800000)
     s = tl.where(top >= 0x7f800000, 0x7fc00000, tl.where(good, top, 0)).to(tl.float32, bitcast=True)
     y = tl.where(good, a*tl.div_rn(1.0, tl.where(good, s, 1.0)), 0.0)
-    n = tl.zeros_like(y).to(tl.int32)
-    for i in tl.static_range(8): n += (y > tl.load(lines + 40 + i)).to(tl.int32)
-    n = n & 7
-    p = tl.minimum(y*tl.load(lines + 16 + n) + tl.load(lines + 24 + n), tl.load(lines + 32 + n))
-    p = ((p + 12582912.0) - 12582912.0).to(tl.int32)
+    n = tl.zeros_like(y).to(tl.int32) + (0 if SIGNED else 1)
+    for i in tl.static_range(7): n += (y > tl.load(decades + 16 + i)).to(tl.int32)
+    g = tl.minimum(tl.maximum(y, 0.00000011920928955078125 if SIGNED else 1.2e-7)*tl.load(decades + 8 + (n & 7)) + 0.8888888888888888, 1.99999988079071044921875)
+    p = (g.to(tl.int32, bitcast=True) + (n << 23)).to(tl.float32, bitcast=True).to(tl.int32)
     if SIGNED: p = tl.where(x < 0, -tl.minimum(p, 127), p) & 255
-    else: p = tl.maximum(p, (x > 0).to(tl.int32))
+    else: p = tl.where(x > 0, p - 1, 0)
     return tl.where(good, p, 0).to(tl.uint8), s
 
-# %% ../../../nbs/kernels/states.ipynb #b44fd53d
+# %% ../../../nbs/kernels/states.ipynb #7ed37da8
 @triton.jit
-def _adamw(w, g, mc, ms, vc, vs, lines, C, β1, fresh1, β2, fresh2, keep, η, ρ, eps, B: tl.constexpr):
+def _adamw(w, g, mc, ms, vc, vs, decades, C, β1, fresh1, β2, fresh2, keep, η, ρ, eps, B: tl.constexpr):
     j = tl.program_id(1)*B + tl.arange(0, B)
     inside, i = j < C, tl.program_id(0).to(tl.int64)*C + j
     block = tl.program_id(0).to(tl.int64)*tl.num_programs(1) + tl.program_id(1)
     grad = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
-    x = _value(tl.load(mc + i, mask=inside, other=0).to(tl.int32), tl.load(ms + block), lines, True)*β1 + grad*fresh1
-    y = _value(tl.load(vc + i, mask=inside, other=0).to(tl.int32), tl.load(vs + block), lines + 48, False)*β2 + grad*fresh2*grad
+    x = _value(tl.load(mc + i, mask=inside, other=0).to(tl.int32), tl.load(ms + block), decades, True)*β1 + grad*fresh1
+    y = _value(tl.load(vc + i, mask=inside, other=0).to(tl.int32), tl.load(vs + block), decades + 24, False)*β2 + grad*fresh2*grad
     θ = tl.load(w + i, mask=inside, other=0.0).to(tl.float32)
     θ = θ*keep - tl.div_rn(x*η, tl.sqrt_rn(y)*ρ + eps)
     tl.store(w + i, θ.to(w.dtype.element_ty), mask=inside)
-    c, s = _code(tl.where(inside, x, 0.0), lines, True)
+    c, s = _code(tl.where(inside, x, 0.0), decades, True)
     tl.store(mc + i, c, mask=inside)
     tl.store(ms + block, s)
-    c, s = _code(tl.where(inside, y, 0.0), lines + 48, False)
+    c, s = _code(tl.where(inside, y, 0.0), decades + 24, False)
     tl.store(vc + i, c, mask=inside)
     tl.store(vs + block, s)
 
-# %% ../../../nbs/kernels/states.ipynb #25b8290e
+# %% ../../../nbs/kernels/states.ipynb #f0d2c11d
 def fast_adamw(
     w:Tensor, # weights, (R, C); changed in place
     g:Tensor, # gradients, (R, C)
@@ -160,11 +160,11 @@ def fast_adamw(
         if not (w.shape == g.shape == c.shape and w.is_contiguous() and g.is_contiguous() and c.is_contiguous() and s.is_contiguous()) or s.shape != blocks or (c.dtype, s.dtype) != (torch.uint8, torch.float32):
             raise ValueError(f"weights, gradients and codes are contiguous and of one shape, with {blocks} float32 scales (got {tuple(w.shape)}, {tuple(g.shape)}, {tuple(c.shape)} of {c.dtype} and {tuple(s.shape)} of {s.dtype})")
     ready(w)
-    if w.numel(): _adamw[blocks](w, g, *m, *v, _lines.to(w.device), w.shape[1], betas[0], 1 - betas[0], betas[1], 1 - betas[1], 1 - lr*weight_decay, lr/(1 - betas[0]**t), (1 - betas[1]**t)**-0.5, eps, B=_block)
+    if w.numel(): _adamw[blocks](w, g, *m, *v, _decades.to(w.device), w.shape[1], betas[0], 1 - betas[0], betas[1], 1 - betas[1], 1 - lr*weight_decay, lr/(1 - betas[0]**t), (1 - betas[1]**t)**-0.5, eps, B=_block)
 
-# %% ../../../nbs/kernels/states.ipynb #adb67112
+# %% ../../../nbs/kernels/states.ipynb #6aaab704
 _names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
 cases = [Case(f"{str(w)[6:]}, {str(m)[6:]}", _lion, dict(w=_names[w], g=_names[w], m=_names[m], s="*fp32", n="i32", **dict.fromkeys(("lr", "keep", "β1", "fresh1", "β2", "fresh2"), "fp32")),
     dict(TOP=_top.get(m, 0.0), INT=m == torch.int8, B=_block), targets=("sm_90", "gfx942") if m == torch.float8_e4m3fn else ("sm_80", "sm_90", "gfx942"))
     for w in (torch.float32, torch.bfloat16) for m in _names]
-cases += [Case(f"{str(w)[6:]}, tree", _adamw, dict(w=_names[w], g=_names[w], mc="*u8", ms="*fp32", vc="*u8", vs="*fp32", lines="*fp32", C="i32", **dict.fromkeys(("β1", "fresh1", "β2", "fresh2", "keep", "η", "ρ", "eps"), "fp32")), dict(B=_block)) for w in (torch.float32, torch.bfloat16)]
+cases += [Case(f"{str(w)[6:]}, tree", _adamw, dict(w=_names[w], g=_names[w], mc="*u8", ms="*fp32", vc="*u8", vs="*fp32", decades="*fp32", C="i32", **dict.fromkeys(("β1", "fresh1", "β2", "fresh2", "keep", "η", "ρ", "eps"), "fp32")), dict(B=_block)) for w in (torch.float32, torch.bfloat16)]

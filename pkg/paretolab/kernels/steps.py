@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from . import native
 
-# %% ../../../nbs/kernels/steps.ipynb #03da13d2
+# %% ../../../nbs/kernels/steps.ipynb #6d4fa57e
 _types = dict(lion="iPPPPffffff", sketch="piiippiipp", direction="piiippp", moments="pppiifffffpp", apply="ppiiipf", apollo="ppppppppppiiiiiiffffffff")
 _c = dict(p=ctypes.c_void_p, P=ctypes.c_void_p, i=ctypes.c_int64, f=ctypes.c_float)
 
@@ -24,8 +24,8 @@ def _library(*tensors):
 def _call(lib, name, *args):
     "Tensors as pointers, then the number of threads."
     f = getattr(lib, name)
-    if f.argtypes is None: f.restype, f.argtypes = None, [*map(_c.get, _types[name]), ctypes.c_int64]
-    f(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], torch.get_num_threads())
+    if f.argtypes is None: f.restype, f.argtypes = ctypes.c_int32 if name in ("sketch", "apollo") else None, [*map(_c.get, _types[name]), ctypes.c_int64]
+    if f(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], torch.get_num_threads()) == 0: raise MemoryError("there is no memory for the sums of a sketch of this rank; nothing has changed")
 
 def _tall(*matrices):
     "Rows lie together: True; columns: False; neither, or not all alike: None."

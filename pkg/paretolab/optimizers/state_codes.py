@@ -10,27 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #01c282cb
-def _lines(signed):
-    "Of each decade, by its number mod 8: slope and start of the levels, (8, 2); slope, start and end of their places, (8, 3)."
-    back, there, top = [], [], 128 if signed else 255
-    for d in range(7):
-        N, D = 2**(d + (not signed)), 10.**(d - 6)
-        first = N - (not signed)                                            # place of the decade's first level
-        back.append((.45*D/N, -.8*D) if signed else (.9*D/N, D*(.45/N - .8)))
-        there.append((N/(.9*D), first - .5 - N/9, first + N - 1))
-    if not signed: there[0] = .9/.55e-6, .6, 2.                             # its two levels again, and place 1 for all that is smaller
-    ends = 1/256 if signed else 1/255
-    return [torch.tensor(x, dtype=torch.float64).float() for x in ([(ends, -ends), *back], [(top, 0., top), *there])]
+# %% ../../../nbs/optimizers/state_codes.ipynb #4ddf515d
+def _decades(signed):
+    "Of each exponent of u, mod 8: D/16, and what y is multiplied by."
+    D = 10.**(torch.arange(8, dtype=torch.float64) - (6 if signed else 7))
+    A, top = 1/(.9*D), 7 if signed else 0                                   # `top`: the place of 1
+    t = (.9*torch.tensor(1 + 1/(256 if signed else 512)) - .8).item()           # of 1, as it is computed below
+    D[top], A[top] = (-1 if signed else 1)/t, .1125
+    if signed: A[0] = 1/9/.275e-6                                           # a decade of one level begins half way to 0
+    return (D/16).float(), A.float()
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #5b581c64
+# %% ../../../nbs/optimizers/state_codes.ipynb #1c431035
 def levels(
     signed:bool, # has the tree a bit for the sign?
 )->Tensor: # (129,) or (256,) float32, rising from 0 to 1
     "The magnitudes of the tree."
-    u = 2*torch.arange(129) + 1 if signed else torch.arange(256) + 1
-    slope, start = _lines(signed)[0][u.log2().floor().long() % 8].unbind(1)
-    return slope*u + start
+    g, n = torch.frexp(torch.arange(129) + .5 if signed else torch.arange(256) + 1.5)
+    q = (14.4*(2*g) - 12.8)*_decades(signed)[0][(n - 1) % 8].abs()
+    q[0] = 0
+    return q
 
 # %% ../../../nbs/optimizers/state_codes.ipynb #ea0cc70b
 _TINY = torch.finfo(torch.float32).tiny
@@ -42,20 +40,19 @@ def _largest(x):
     good = s.isfinite() & (s >= _TINY)
     return torch.where(good, s, torch.where(s.isfinite(), 0., torch.nan)), torch.where(good, 1/s, 0.)
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #1633426c
+# %% ../../../nbs/optimizers/state_codes.ipynb #6ad1e3a7
 def _borders(q, signed):
-    "Where decades begin: (8,) float32."
-    i = (1 << torch.arange(8)) if signed else (2 << torch.arange(8)) - 1
-    b = (q[i] + q[i-1])/2*(torch.arange(8) > (-1 if signed else 0))          # without a sign, the first begins at 0
-    return (b.view(torch.int32) & ~15 | torch.arange(8, dtype=torch.int32)).view(torch.float32)
+    "Where the second decade begins, and the next ones, and 1: (7,) float32."
+    i = 2**torch.arange(1, 8) if signed else 2**torch.arange(2, 9) - 1
+    return ((q[i] + q[i-1]).div(2).view(torch.int32) & ~15 | torch.arange(7, dtype=torch.int32) + (not signed)).view(torch.float32)
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #cd6ad63c
+# %% ../../../nbs/optimizers/state_codes.ipynb #b7decab9
 class Tree:
     "Blocks of 256, each number the nearest of 256 levels."
     block, kind = 256, 0
     parts = {"": torch.uint8, "_scale": torch.float32}                       # what is kept: codes, and for each block
     Q = {s: levels(s) for s in (True, False)}
-    lines = {s: _lines(s) for s in (True, False)}
+    D, A = ({s: _decades(s)[i] for s in (True, False)} for i in (0, 1))
     borders = {s: _borders(q, s) for s,q in Q.items()}                       # of the decades
     def encode(self,
         x:Tensor, # numbers, (R, C) float32
@@ -65,9 +62,10 @@ class Tree:
         v = _blocks(x, self.block)
         s, r = _largest(v.abs())
         y = (v.abs()*r[...,None]).nan_to_num(0.)
-        slope, start, last = self.lines[signed][1][torch.bucketize(y, self.borders[signed]) % 8].unbind(-1)
-        p = (y*slope + start).minimum(last).round().long()
-        p = torch.where(v < 0, -p.clamp_max(127), p) & 255 if signed else p.clamp_min((v > 0).long())
+        n = torch.bucketize(y, self.borders[signed]) + (not signed)
+        g = (y.clamp_min(2**-23 if signed else 1.2e-7)*self.A[signed][n % 8] + 8/9).clamp_max(2 - 2**-23)
+        p = torch.ldexp(g, n).long()
+        p = torch.where(v < 0, -p.clamp_max(127), p) & 255 if signed else torch.where(v > 0, p - 1, 0)
         return _flat(torch.where(r[...,None] > 0, p, 0).to(torch.uint8), x.shape[1]), s
     def decode(self,
         codes:Tensor, # (R, C) uint8
@@ -76,7 +74,10 @@ class Tree:
     )->Tensor: # (R, C)
         "The numbers again."
         c = _blocks(codes, self.block).long()
-        v = self.Q[signed][c.minimum(256 - c) if signed else c]*scales[...,None]
+        p, s = c.minimum(256 - c) if signed else c, scales[...,None]
+        g, n = torch.frexp(p + (.5 if signed else 1.5))
+        v = (14.4*(2*g) - 12.8)*torch.take_along_dim(self.D[signed].abs()*s, (n.long() - 1) % 8, -1)
+        v = torch.where(p > 0, v, 0*s)
         return _flat(torch.where(c > 128, -v, v) if signed else v, codes.shape[1])
 
 # %% ../../../nbs/optimizers/state_codes.ipynb #c7342ca6
@@ -108,7 +109,7 @@ def _tables():
     e, f = torch.arange(16).clamp_min(1), torch.arange(8)
     return 2**((e - 15)/k), torch.cat([(1 + f/8)/1.75, f/14], -1)**(1/k)
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #b129c9f7
+# %% ../../../nbs/optimizers/state_codes.ipynb #d7747606
 class Expanded:
     "Groups of 128, each number a power of itself in FP8."
     block, kind = 128, 1
@@ -140,5 +141,5 @@ class Expanded:
         "The numbers again."
         c = _blocks(codes, self.block).long()
         e, k = c >> 3 & 15, powers.long().clamp_max(128)[...,None]
-        v = self.E[k, e]*scales[...,None]*self.M[k, (c & 7) + 8*(e == 0)]
+        v = self.E[k, e]*self.M[k, (c & 7) + 8*(e == 0)]*scales[...,None]
         return _flat(torch.where(c > 127, -v, v), codes.shape[1])

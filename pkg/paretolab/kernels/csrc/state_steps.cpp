@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
-#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -16,10 +15,12 @@ struct Job {
     float* w; const float* g; Moment m, v;
     int64_t columns; int32_t lion, expanded;
     float beta1, fresh1, beta2, fresh2, keep, step, eps;
-    const float* lines;        // of the tree, signed and then unsigned: slope and start of levels, slope, start and end of places, by eight decades; eight borders
+    const float* decades;      // of the tree, signed and then unsigned: sixteenths of eight decades, the decades' inverses over 0.9, seven borders between them and a blank
     const float* curves;       // of the expansion: 1/c and log₂c of eighths, three coefficients of the logarithm, log₂ of the range
     const float* powers;       // its values: for each power, sixteen of the exponent and sixteen of the fraction
+    const uint8_t* planes;     // the same, first bytes of sixteen, second bytes, and so on
     const uint8_t* borders;    // its codes: for each power and each of 256 stretches, the first code, and after which places it falls by one and by another one
+    const uint16_t* steps;     // the same for 1024 stretches, in each of which it falls by one at most: 64 times the first code and the last place that has it
     const uint8_t* shifts;     // bits of a depth that are not looked at, for each power
 };
 
@@ -58,11 +59,14 @@ extern "C" int best_path() {
 }
 
 template <class F> static void parts(int64_t rows, int64_t columns, int threads, F f) {
-    threads = std::min<int64_t>(threads, rows * columns / 65536 + 1);
-    std::vector<std::thread> team;
-    for (int t = 1; t < threads; t++) team.emplace_back(f, rows * t / threads, rows * (t + 1) / threads);
-    f(0, rows / std::max(threads, 1));
-    for (auto& t : team) t.join();
+    threads = int(std::max<int64_t>(1, std::min<int64_t>({threads, 64, rows * columns / 65536 + 1})));
+    std::thread team[64];
+    for (int t = 1; t < threads; t++) {
+        const int64_t from = rows * t / threads, to = rows * (t + 1) / threads;
+        try { team[t] = std::thread(f, from, to); } catch (...) { f(from, to); }       // no more threads to be had: its part is done here
+    }
+    f(0, rows / threads);
+    for (auto& t : team) if (t.joinable()) t.join();
 }
 
 extern "C" void step(const Job* j, int64_t rows, int threads, int path) {
@@ -97,16 +101,41 @@ static inline I every(int32_t x) { return x - (I){}; }
 
 static inline I larger(I a, I b) { return a > b ? a : b; }
 static inline U smaller(U a, U b) { return a < b ? a : b; }
-static inline F smaller(F a, F b) { return a < b ? a : b; }
+static inline F smaller(F a, F b) {                                        // b if either is NaN
+#if WIDTH == 8
+    return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 static inline F size(F x) { return fl(bits(x) & INT32_MAX); }
 static inline F size_above(F x, float least) {                             // |x|, but no less
 #if WIDTH == 16
     return (F)_mm512_range_ps((__m512)x, (__m512)all(least), 11);
+#elif WIDTH == 8
+    return (F)_mm256_max_ps((__m256)size(x), (__m256)all(least));
 #else
     return all(least) < size(x) ? size(x) : all(least);
 #endif
 }
 static inline F with_sign(F x, I of) { return fl(bits(x) ^ (of & INT32_MIN)); }
+#if WIDTH == 8
+#define FOUR for (int i = 0; i < 4; i++)
+#endif
+static inline I times_sign(I x, I of) {                                    // x, -x or 0
+#if WIDTH == 8
+    return (I)_mm256_sign_epi32((__m256i)x, (__m256i)of);
+#else
+    return (x & (of > 0)) - (x & (of < 0));
+#endif
+}
+static inline I whole(F x) {
+#if WIDTH == 8
+    return (I)_mm256_cvttps_epi32((__m256)x);
+#else
+    return __builtin_convertvector(x, I);
+#endif
+}
 
 static inline F root(F x) {
 #if WIDTH == 16
@@ -120,7 +149,9 @@ static inline F root(F x) {
 }
 
 static inline F look(const F* t, I i) {                                    // in a table of sixteen, modulo 16, or of eight, modulo 8
-#if WIDTH == 4
+#if WIDTH == 8
+    return (F)_mm256_permutevar8x32_ps((__m256)t[0], (__m256i)i);
+#elif WIDTH == 4
     return __builtin_shuffle(t[0], t[1], i);
 #else
     return __builtin_shuffle(t[0], i);
@@ -156,6 +187,21 @@ template <bool S> static inline I take(const uint8_t* x, int n) {          // by
 }
 static inline void give(uint8_t* x, I c, int n) { B v = __builtin_convertvector(c, B); if (n >= WIDTH) memcpy(x, &v, WIDTH); else memcpy(x, &v, n); }
 
+template <class G> static inline __attribute__((always_inline)) void each(int n, const G& f) {     // vector by vector; only the last may be cut
+    int64_t k = 0;
+    for (; k + WIDTH <= n; k += WIDTH) f(k, WIDTH);
+    if (k < n) f(k, int(n - k));
+}
+
+#if WIDTH == 8
+static inline __m256i in_order(__m256i x) { return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+template <bool S> static INLINE inline __m256i bytes(I a, I b, I c, I d) {   // 32 numbers from -128 to 128, or from 0 to 255
+    if (!S) return in_order(_mm256_packus_epi16(_mm256_packus_epi32((__m256i)a, (__m256i)b), _mm256_packus_epi32((__m256i)c, (__m256i)d)));
+    const __m256i last = _mm256_set1_epi16(255);
+    return in_order(_mm256_packus_epi16(_mm256_and_si256(_mm256_packs_epi32((__m256i)a, (__m256i)b), last), _mm256_and_si256(_mm256_packs_epi32((__m256i)c, (__m256i)d), last)));
+}
+#endif
+
 #if WIDTH == 16
 static inline __m512i both(__m512i a, __m512i b) { return _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1); }
 static inline __m512i byte(int which, const I* x) {                         // one of the four bytes of 64 numbers
@@ -171,57 +217,69 @@ static inline __m512i look256(const __m512i* t, __m512i i) {               // in
 
 template <bool S> struct Tree {
     static const int block = 256;
-    F slope[eight], start[eight], slope_back[eight], start_back[eight], last[eight];
-    float border[8];
-#if WIDTH == 16
-    F edge[2];                                                             // of the binades 2⁻³¹ … 2⁰: the border in it, or one that nothing reaches; how many are below, in the last bits
+    static constexpr float least = S ? 0x1p-23f : 1.2e-7f;                 // magnitudes below it have the code of this one
+    F decade[eight], inverse[eight];
+#if WIDTH == 4
+    float border[7];
+#elif WIDTH == 8
+    F edge[eight];                                                         // of the eighths of 27 binades below 1: the border in it, or one that nothing reaches; the decade below, in the last bits
+#else
+    F edge[2];                                                             // the same of the binades 2⁻³¹ … 2⁰
 #endif
     Tree(const Job& j) {
-        const float* t = j.lines + 48 * !S;
-        float a[8], b[8];
-        for (int i = 0; i < 8; i++) { a[i] = (S ? i ? 2 : -2 : 1) * t[i]; b[i] = (S && !i ? -1 : 1) * t[8 + i]; }
-        fill(slope, a, 127 - S); fill(start, b, 127 - S); fill(slope_back, t + 16); fill(start_back, t + 24); fill(last, t + 32);
-        memcpy(border, t + 40, 32);
+        const float *t = j.decades + 24 * !S, *border = t + 16;
+        fill(decade, t, 127); fill(inverse, t + 8);
+#if WIDTH == 4
+        memcpy(this->border, border, sizeof this->border);
+#else
+        for (int i = 0; i < 2 * 16; i++) ((int32_t*)edge)[i % (WIDTH == 8 ? 8 : 32)] = 0x7f000000 | !S;
+        for (int i = 0; i < 7; i++) { int32_t b; memcpy(&b, border + i, 4); ((float*)edge)[stretch(b)] = border[i]; }
 #if WIDTH == 16
-        for (int i = 0; i < 32; i++) {
-            const float from = std::ldexp(1.f, i - 31);
-            int32_t below = 0;
-            float in = 0;
-            for (float b : border) if (b < from) below++; else if (b < 2 * from) in = b;
-            if (in) ((float*)edge)[i] = in; else ((int32_t*)edge)[i] = 0x7f000000 | below;
-        }
+        for (int i = 1, below = !S; i < 32; i++) { int32_t& e = ((int32_t*)edge)[i]; if (e >= 0x7f000000) e = 0x7f000000 | below; else below = (e & 15) + 1; }
+#endif
 #endif
     }
-    I decade(F y) const {                                                  // borders below y
-#if WIDTH == 16
-        F e = __builtin_shuffle(edge[0], edge[1], bits(y) >> 23);          // binade 2⁰ is 127, which is 31 modulo 32
-        return y > e ? bits(e) + 1 : bits(e);
+#if WIDTH == 8
+    static int stretch(int32_t b) { return (b >> 16) * 154 >> 16 & 7; }
+    static I stretch(I b) { return (I)_mm256_mulhi_epu16((__m256i)(b >> 16), _mm256_set1_epi32(154)); }
 #else
-        I n = S ? -(I)(y > border[0]) : every(1);
-        for (int i = 1; i < 8; i++) n -= y > border[i];
+    template <class V> static V stretch(V b) { return b >> 23 & 31; }      // binade 2⁰ is 127, which is 31 modulo 32
+#endif
+    I number(F y) const {                                                  // of the decade, in the last four bits
+#if WIDTH == 4
+        I n = every(!S);
+        for (float b : border) n -= y > b;
         return n;
+#else
+#if WIDTH == 8
+        F e = look(edge, stretch(bits(y)));
+#else
+        F e = __builtin_shuffle(edge[0], edge[1], stretch(bits(y)));
+#endif
+        return bits(e) - (I)(y > e);
 #endif
     }
     struct Decoder {
-        const Tree& t; F s;
-        Decoder(const Tree& t, const Moment& m, int64_t i, float times) : t(t), s(all(m.scales[i] * times)) {}
+        F scaled[eight];
+        Decoder(const Tree& t, const Moment& m, int64_t i, float times) { for (int k = 0; k < eight; k++) scaled[k] = t.decade[k] * (m.scales[i] * times); }
+#if WIDTH == 8
+        void ahead(const uint8_t* codes, int n, float* x) const { each(n, [&](int64_t k, int l) INLINE { give(x + k, (*this)(take<S>(codes + k, l)), WIDTH); }); }
+#endif
         F operator()(I c) const {
-            F f = cvt(S ? (c < 0 ? -c : c) : c) + (S ? .5f : 1.f);
-            I n = bits(f) >> 23;
-            F v = (look(t.slope, n) * f + look(t.start, n)) * s;
-            return S ? with_sign(v, c) : v;
+            const I u = bits(cvt(S ? larger(c, -c) : c) + (S ? .5f : 1.5f));
+            const F g = fl((u & 0x7fffff) | 0x3f800000), D = look(scaled, u >> 23);
+            return (S ? (7.2f * g - 6.4f) * fl(times_sign(every(0x40000000), c)) : fl(times_sign(bits(14.4f * g - 12.8f), c))) * D;     // nothing at 0, NaN times nothing is NaN
         }
     };
     struct Encoder {
         const Tree& t; float r;
         Encoder(const Tree& t, Moment& m, int64_t i, float s, float r, uint8_t) : t(t), r(r) { m.scales[i] = s; }
-        I operator()(F x) const {
-            F y = size_above(x * r, 0x1p-31f);
-            I n = t.decade(y);
-            F p = smaller(y * look(t.slope_back, n) + look(t.start_back, n), look(t.last, n));
-            if (!S) return x > 0 ? bits(p + 0x1.8p23f) : I{};              // nothing above 0 becomes 0
-            p = with_sign(p, bits(x)) + 0x1.8p23f;                         // rounded to nearest: the code is the last byte
-            return larger(bits(p), every(0x4b400000 - 127));
+        I operator()(F x) const {                                          // the code is the last byte
+            const F y = size_above(x * r, least);
+            const I n = t.number(y);
+            const F g = smaller(y * look(t.inverse, n) + 8.f / 9, all(0x1.fffffep0f));
+            const I p = whole(fl(bits(g) + ((n & 15) << 23)));
+            return S ? larger(times_sign(p, bits(x)), every(-127)) : times_sign(p - 1, bits(x));
         }
         void rest(uint8_t* codes, const float* x, int n) const { for (int k = 0; k < n; k += WIDTH) give(codes + k, (*this)(take(x + k, WIDTH)), n - k); }
 #if WIDTH == 16
@@ -229,6 +287,22 @@ template <bool S> struct Tree {
             const I c[] = {(*this)(x[0]), (*this)(x[1]), (*this)(x[2]), (*this)(x[3])};
             return byte(0, c);
         }
+#elif WIDTH == 8
+        struct Places { alignas(32) float y[block]; alignas(32) int32_t n[block]; };
+        INLINE void place(Places& to, const float* x, int k) const { const F y = size_above(*(const F*)(x + k) * r, least); give(to.y + k, y, 8); I n = t.number(y); memcpy(to.n + k, &n, sizeof n); }
+        INLINE I code(const Places& p, const float* x, int k) const {
+            const I n = *(const I*)(p.n + k);
+            const F g = smaller(*(const F*)(p.y + k) * look(t.inverse, n) + 8.f / 9, all(0x1.fffffep0f));
+            const I c = whole(fl(bits(g) + ((n & 15) << 23)));
+            return S ? larger(times_sign(c, *(const I*)(x + k)), every(-127)) : times_sign(c - 1, *(const I*)(x + k));
+        }
+        int most(uint8_t* codes, const float* x, int n) const {            // whole 32s
+            Places p; n &= ~31;
+            for (int k = 0; k < n; k += 8) place(p, x, k);
+            for (int k = 0; k < n; k += 32) four(codes, p, x, k);
+            return n;
+        }
+        INLINE void four(uint8_t* codes, const Places& p, const float* x, int k) const { _mm256_storeu_si256((__m256i*)(codes + k), bytes<S>(code(p, x, k), code(p, x, k + 8), code(p, x, k + 16), code(p, x, k + 24))); }
 #endif
     };
     void powers(const int32_t*, const uint32_t*, uint8_t*, int) const {}
@@ -238,8 +312,8 @@ template <bool S> struct Expanded {
     static const int block = 128;
     F inv[eight], log[eight];
     float a[3], range;
-    const float* values; const uint8_t *borders, *shifts;
-    Expanded(const Job& j) : range(j.curves[19]), values(j.powers), borders(j.borders), shifts(j.shifts) { fill(inv, j.curves); fill(log, j.curves + 8); memcpy(a, j.curves + 16, 12); }
+    const float* values; const uint8_t *planes, *borders, *shifts; const uint16_t* steps;
+    Expanded(const Job& j) : range(j.curves[19]), values(j.powers), planes(j.planes), borders(j.borders), shifts(j.shifts), steps(j.steps) { fill(inv, j.curves); fill(log, j.curves + 8); memcpy(a, j.curves + 16, 12); }
     F log2(F x) const {
         I u = bits(x), i = u >> 20;
         F r = fl((u & 0x7fffff) | 0x3f800000) * look(inv, i) - 1;
@@ -255,21 +329,45 @@ template <bool S> struct Expanded {
         }
     }
     struct Decoder {
-        F e[16 / WIDTH], m[16 / WIDTH];
-        Decoder(const Expanded& t, const Moment& v, int64_t i, float times) {
+        F s, e[16 / WIDTH], m[16 / WIDTH]; const uint8_t* planes;
+        Decoder(const Expanded& t, const Moment& v, int64_t i, float times) : s(all(v.scales[i] * times)), planes(t.planes + 128 * std::min<int>(v.powers[i], 128)) {
             const float* p = t.values + 32 * std::min<int>(v.powers[i], 128);
             memcpy(e, p, 64); memcpy(m, p + 16, 64);
-            for (F& x : e) x *= v.scales[i] * times;
         }
+#if WIDTH == 8
+        struct Planes {                                                    // the four bytes of sixteen numbers, in both halves
+            __m256i b[4];
+            Planes(const uint8_t* p) { for (int i = 0; i < 4; i++) b[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p + i)); }
+            INLINE void look(__m256i i, __m256i sign, F* y) const {               // 32 numbers, by bytes that lie as `ahead` puts them
+                const __m256i p = _mm256_shuffle_epi8(b[0], i), q = _mm256_shuffle_epi8(b[1], i), r = _mm256_shuffle_epi8(b[2], i), s = _mm256_or_si256(_mm256_shuffle_epi8(b[3], i), sign);
+                const __m256i low = _mm256_unpacklo_epi8(p, q), low2 = _mm256_unpacklo_epi8(r, s), high = _mm256_unpackhi_epi8(p, q), high2 = _mm256_unpackhi_epi8(r, s);
+                y[0] = (F)_mm256_unpacklo_epi16(low, low2); y[1] = (F)_mm256_unpackhi_epi16(low, low2); y[2] = (F)_mm256_unpacklo_epi16(high, high2); y[3] = (F)_mm256_unpackhi_epi16(high, high2);
+            }
+        };
+        void ahead(const uint8_t* codes, int n, float* x) const {          // all of a block, 32 at a time
+            const Planes E(planes), M(planes + 64);
+            const __m256i seven = _mm256_set1_epi8(7), top = _mm256_set1_epi8(120), zero = _mm256_setzero_si256();
+            for (int k = 0; k < n; k += 32) {
+                alignas(32) uint8_t last[32] = {};
+                if (n - k < 32) memcpy(last, codes + k, n - k);
+                const __m256i c = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(n - k < 32 ? last : codes + k)), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+                const __m256i ex = _mm256_and_si256(c, top), i = _mm256_and_si256(_mm256_srli_epi16(ex, 3), _mm256_set1_epi8(15));
+                const __m256i f = _mm256_or_si256(_mm256_and_si256(c, seven), _mm256_and_si256(_mm256_cmpeq_epi8(ex, zero), _mm256_set1_epi8(8)));
+                F a[4], b[4];
+                E.look(i, zero, a); M.look(f, S ? _mm256_and_si256(c, _mm256_set1_epi8(-128)) : zero, b);
+                for (int q = 0; q < 4; q++) give(x + k + 8 * q, a[q] * b[q] * s, 8);
+            }
+        }
+#endif
         F operator()(I c) const {
             I x = c >> 3, f = (c & 7) | (((c & 120) == 0) & 8);
-            F v = look16(e, (const float*)e, x) * look16(m, (const float*)m, f);
+            F v = look16(e, (const float*)e, x) * look16(m, (const float*)m, f) * s;
             return S ? with_sign(v, c) : v;
         }
     };
     struct Encoder {
-        const uint8_t* t; float r; int shift;
-        Encoder(const Expanded& x, Moment& m, int64_t i, float s, float r, uint8_t power) : t(x.borders + 768 * power), r(r), shift(x.shifts[power]) { m.scales[i] = s; m.powers[i] = power; }
+        const uint8_t* t; const uint16_t* steps; float r; int shift;
+        Encoder(const Expanded& x, Moment& m, int64_t i, float s, float r, uint8_t power) : t(x.borders + 768 * power), steps(x.steps + 1024 * power), r(r), shift(x.shifts[power]) { m.scales[i] = s; m.powers[i] = power; }
         void rest(uint8_t* codes, const float* x, int n) const {
             alignas(64) int32_t place[block];
             for (int k = 0; k < n; k += WIDTH) {
@@ -277,11 +375,47 @@ template <bool S> struct Expanded {
                 const I u = (0x3f800001 - bits(size(v) * r)) >> shift, p = (u < 65535 ? u : every(65535)) | (S ? bits(v) & INT32_MIN : I{});
                 memcpy(place + k, &p, sizeof p);
             }
-            for (int k = 0; k < n; k++) {
-                const int p = place[k], h = p >> 8 & 255, low = p & 255;
-                codes[k] = uint8_t((t[h] - (low > t[256 + h]) - (low > t[512 + h])) | (p >> 24 & 128));
+            for (int k = 0; k < n; k++) codes[k] = uint8_t((steps[place[k] >> 6 & 1023] - (place[k] & 63)) >> 6 | (place[k] >> 24 & 128));
+        }
+#if WIDTH == 8
+        struct Places { alignas(32) uint16_t low[block], stretch[block]; alignas(32) uint8_t sign[block]; };
+        INLINE void places(const float* x, int n, Places& to) const {             // of whole 32s; numbers lie as packing puts them
+            const __m256i few = _mm256_set1_epi16(63), size = _mm256_set1_epi32(INT32_MAX), one = _mm256_set1_epi32(0x3f800001);
+            const __m256 times = _mm256_set1_ps(r); const __m128i by = _mm_cvtsi32_si128(shift);
+            for (int k = 0; k < n; k += 32) {
+                __m256i v[4], p[4];
+                for (int i = 0; i < 4; i++) {
+                    v[i] = _mm256_load_si256((const __m256i*)(x + k) + i);
+                    __m256i y = (__m256i)_mm256_mul_ps((__m256)v[i], times);
+                    if (S) y = _mm256_and_si256(y, size);
+                    p[i] = _mm256_srl_epi32(_mm256_sub_epi32(one, y), by);
+                }
+                for (int i = 0; i < 2; i++) {
+                    const __m256i q = _mm256_packus_epi32(p[2 * i], p[2 * i + 1]);
+                    _mm256_store_si256((__m256i*)(to.low + k) + i, _mm256_and_si256(q, few)); _mm256_store_si256((__m256i*)(to.stretch + k) + i, _mm256_srli_epi16(q, 6));
+                }
+                if (S) _mm256_store_si256((__m256i*)(to.sign + k), in_order(_mm256_and_si256(_mm256_set1_epi8(-128), _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3])))));
             }
         }
+        INLINE __m128i eight_codes(const Places& p, int k) const {
+            uint64_t a, b; memcpy(&a, p.stretch + k, 8); memcpy(&b, p.stretch + k + 4, 8);
+            __m128i e = _mm_cvtsi32_si128(steps[a & 0xffff]);
+            e = _mm_insert_epi16(e, steps[a >> 16 & 0xffff], 1); e = _mm_insert_epi16(e, steps[a >> 32 & 0xffff], 2); e = _mm_insert_epi16(e, steps[a >> 48], 3);
+            e = _mm_insert_epi16(e, steps[b & 0xffff], 4); e = _mm_insert_epi16(e, steps[b >> 16 & 0xffff], 5); e = _mm_insert_epi16(e, steps[b >> 32 & 0xffff], 6); e = _mm_insert_epi16(e, steps[b >> 48], 7);
+            return _mm_srli_epi16(_mm_sub_epi16(e, *(const __m128i*)(p.low + k)), 6);
+        }
+        INLINE void put(uint8_t* codes, const __m128i* e, const Places& p, int k) const {     // 32 of them
+            const __m128i a = _mm_packus_epi16(e[0], e[2]), b = _mm_packus_epi16(e[1], e[3]);
+            __m128i c = _mm_unpacklo_epi32(a, b), d = _mm_unpackhi_epi32(a, b);
+            if (S) { c = _mm_or_si128(c, *(const __m128i*)(p.sign + k)); d = _mm_or_si128(d, *(const __m128i*)(p.sign + k + 16)); }
+            _mm_storeu_si128((__m128i*)(codes + k), c); _mm_storeu_si128((__m128i*)(codes + k) + 1, d);
+        }
+        int most(uint8_t* codes, const float* x, int n) const {            // whole 32s
+            Places p; places(x, n &= ~31, p);
+            for (int k = 0; k < n; k += 32) { const __m128i e[] = {eight_codes(p, k), eight_codes(p, k + 8), eight_codes(p, k + 16), eight_codes(p, k + 24)}; put(codes, e, p, k); }
+            return n;
+        }
+#endif
 #if WIDTH == 16
         __m512i operator()(const F* x) const {
             const __m512i* T = (const __m512i*)t;
@@ -309,18 +443,14 @@ template <class V, class O> static inline auto across(V a, O f) {
     return a[0];
 }
 
-template <class G> static inline __attribute__((always_inline)) void each(int n, const G& f) {     // vector by vector; only the last may be cut
-    int64_t k = 0;
-    for (; k + WIDTH <= n; k += WIDTH) f(k, WIDTH);
-    if (k < n) f(k, int(n - k));
-}
-
-template <class E> static void store(uint8_t* codes, const E e, const float* x, int n) {
-    int64_t k = 0;
+template <class E> static void store(uint8_t* codes, const E& e, const float* x, int n) {
+    int k = 0;
 #if WIDTH == 16
     for (; k + 64 <= n; k += 64) _mm512_storeu_si512(codes + k, e((const F*)(x + k)));
+#elif WIDTH == 8
+    k = e.most(codes, x, n);
 #endif
-    e.rest(codes + k, x + k, int(n - k));
+    e.rest(codes + k, x + k, n - k);
 }
 
 template <bool S, bool both> struct Extremes {                             // of magnitudes, as integers, which are ordered alike; NaN is above all
@@ -337,6 +467,36 @@ static inline void scale(int32_t top, float& s, float& r) {                // of
     if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
 }
 
+static INLINE inline void move(const Job& j, int64_t at, F x, F y, int l) { give(j.w + at, take(j.w + at, l) * j.keep - x * j.step / (root(y) + j.eps), l); }
+
+#if WIDTH == 8
+template <class M, class V, class W> static INLINE inline int together(const Tree<true>&, const M& em, const V& ev, uint8_t* mc, uint8_t* vc, const float* x, const float* y, int n, W& weights) {      // whole 32s of both moments and the weights
+    typename M::Places p; typename V::Places q; n &= ~31;
+    for (int k = 0; k < n; k += 8) { em.place(p, x, k); weights.root(k); }
+    for (int k = 0; k < n; k += 32) { em.four(mc, p, x, k); FOUR weights.move(k + 8 * i); }
+    for (int k = 0; k < n; k += 8) ev.place(q, y, k);
+    for (int k = 0; k < n; k += 32) ev.four(vc, q, y, k);
+    return n;
+}
+template <class M, class V, class W> static INLINE inline int together(const Expanded<true>&, const M& em, const V& ev, uint8_t* mc, uint8_t* vc, const float* x, const float* y, int n, W& weights) {
+    typename M::Places p; typename V::Places q;
+    em.places(x, n &= ~31, p); ev.places(y, n, q);
+    for (int k = 0; k < n; k += 32) {
+        __m128i a[4], b[4];
+        FOUR { weights.root(k + 8 * i); a[i] = em.eight_codes(p, k + 8 * i); }
+        FOUR { weights.move(k + 8 * i); b[i] = ev.eight_codes(q, k + 8 * i); }
+        em.put(mc, a, p, k); ev.put(vc, b, q, k);
+    }
+    return n;
+}
+struct Weights {                                                           // in two parts, between which there is time
+    float *w; const float *x, *y; float keep, step, eps;
+    alignas(32) float d[256];
+    INLINE void root(int k) { give(d + k, SET::root(*(const F*)(y + k)) + eps, 8); }
+    INLINE void move(int k) { give(w + k, take(w + k, 8) * keep - *(const F*)(x + k) * step / *(const F*)(d + k), 8); }
+};
+#endif
+
 template <template <bool> class Format> struct Unit {                      // some blocks of new moments, not yet encoded
     static const int block = Format<true>::block, most = 1024 / block;
     alignas(64) float M[1024], V[1024];
@@ -344,22 +504,35 @@ template <template <bool> class Format> struct Unit {                      // so
     int n[most], count;
     alignas(64) int32_t top[2][most] = {}; alignas(64) uint32_t least[2][most] = {}; uint8_t power[2][most];
     Unit(const Job& j, int64_t blocks, int64_t first, int64_t last) : first(first), count(int(std::min<int64_t>(most, last - first))) {
+        int64_t row = first / blocks, c = first % blocks * block;
         for (int k = 0; k < count; k++) {
-            const int64_t row = (first + k) / blocks, c = (first + k) % blocks * block;
             at[k] = row * j.columns + c; n[k] = int(std::min<int64_t>(block, j.columns - c));
+            if ((c += block) >= j.columns) c = 0, row++;
         }
     }
     template <class E> void see(int z, int k, const E& e) {
         top[z][k] = across(e.top, [](U a, U b) { return a > b ? a : b; }) & INT32_MAX;
         least[z][k] = across(e.least, [](U a, U b) { return smaller(a, b); });
     }
-    template <bool S> void encode(Moment m, const Format<S>& f, const float* x, int z) const {
+    template <bool S> typename Format<S>::Encoder encoder(Moment& m, const Format<S>& f, int k, int z) const {
+        float s, r; scale(top[z][k], s, r);
+        return typename Format<S>::Encoder(f, m, first + k, s, r, power[z][k]);
+    }
+    template <class E> void encode(uint8_t* codes, const E& e, const float* x, int k, int from = 0) const { if (e.r == 0) memset(codes + at[k] + from, 0, n[k] - from); else store(codes + at[k] + from, e, x + k * block + from, n[k] - from); }
+    template <bool S> void encode(Moment m, const Format<S>& f, const float* x, int z) const { for (int k = 0; k < count; k++) encode(m.codes, encoder(m, f, k, z), x, k); }
+#if WIDTH == 8
+    void finish(const Job& j, const Format<true>& one, const Format<false>& two) const {       // both moments and the weights in one walk: the root and the quotient wait for nothing, and nothing for them
+        Moment m = j.m, v = j.v;
         for (int k = 0; k < count; k++) {
-            float s, r; scale(top[z][k], s, r);
-            const typename Format<S>::Encoder e(f, m, first + k, s, r, power[z][k]);
-            if (r == 0) memset(m.codes + at[k], 0, n[k]); else store(m.codes + at[k], e, x + k * block, n[k]);
+            const auto em = encoder(m, one, k, 0); const auto ev = encoder(v, two, k, 1);
+            const float *x = M + k * block, *y = V + k * block;
+            Weights weights{j.w + at[k], x, y, j.keep, j.step, j.eps};
+            const int done = em.r && ev.r ? together(one, em, ev, m.codes + at[k], v.codes + at[k], x, y, n[k], weights) : 0;
+            for (int i = done; i < n[k]; i += WIDTH) move(j, at[k] + i, *(const F*)(x + i), *(const F*)(y + i), n[k] - i);
+            encode(m.codes, em, M, k, done); encode(v.codes, ev, V, k, done);
         }
     }
+#endif
 };
 
 template <template <bool> class Format, bool lion> static void update(const Job& j, const Format<true>& one, const Format<false>& two, Unit<Format>& u, int b) {
@@ -370,22 +543,27 @@ template <template <bool> class Format, bool lion> static void update(const Job&
     const int64_t at = u.at[b];
     float *const w = j.w + at; const float* const g = j.g + at;
     float *const M = u.M + b * u.block, *const V = u.V + b * u.block;
-    const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step, eps = j.eps;
-    each(u.n[b], [&](int64_t k, int l) INLINE {
-        F d = take(g + k, l), θ = take(w + k, l), x = dm(take<true>(m.codes + at + k, l));
+    constexpr bool ahead = WIDTH == 8;                                     // short loops: what is under way at once is a hundred operations
+#if WIDTH == 8
+    if (ahead) { dm.ahead(m.codes + at, u.n[b], M); if (!lion) dv.ahead(v.codes + at, u.n[b], V); }
+#endif
+    const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step;
+    const auto one_vector = [&](int64_t k, int l, F x, F y) INLINE {
+        const F d = take(g + k, l);
         if (lion) {
             F c = beta1 * x + fresh1 * d;
-            θ = θ * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : F{});
+            give(w + k, take(w + k, l) * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : F{}), l);
             x = beta2 * x + fresh2 * d;
         } else {
-            F y = dv(take<false>(v.codes + at + k, l));
             x += fresh1 * d;
             y += fresh2 * d * d;
-            θ = θ * keep - x * step / (root(y) + eps);
+            if (WIDTH != 8) move(j, at + k, x, y, l);
             give(V + k, y, WIDTH); ev.see(y);
         }
-        give(w + k, θ, l);
         give(M + k, x, WIDTH); em.see(x);
+    };
+    each(u.n[b], [&](int64_t k, int l) INLINE {
+        one_vector(k, l, ahead ? take(M + k, WIDTH) : dm(take<true>(m.codes + at + k, l)), lion ? F{} : ahead ? take(V + k, WIDTH) : dv(take<false>(v.codes + at + k, l)));
     });
     u.see(0, b, em);
     if (!lion) u.see(1, b, ev);
@@ -406,6 +584,9 @@ template <template <bool> class Format, bool lion> static void some(const Job& j
             update<Format, lion>(j, one, two, u, b);
         }
         one.powers(u.top[0], u.least[0], u.power[0], 2 * u.most);
+#if WIDTH == 8
+        if (!lion) { u.finish(j, one, two); continue; }
+#endif
         u.encode(j.m, one, u.M, 0);
         if (!lion) u.encode(j.v, two, u.V, 1);
     }
