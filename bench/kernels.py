@@ -31,7 +31,12 @@ def ours(bits, group, m, k, M, path, cold):
     p, x, y = product.pack(q), torch.randn(M, k), torch.empty(M, m)
     assert torch.allclose(product._run(x[:1], p, path), product.naive(x[:1], q), atol=2e-3*k**.5)
     n = max(1, -(-cold//p.nbytes))
-    copies = [dataclasses.replace(p, data=rows16._memory(p.data.nbytes).view_as(p.data).copy_(p.data), scales=p.scales.clone()) for _ in range(n)]   # as `pack` places them
+    memory, at, copies = rows16._memory(n*(p.data.nbytes + p.scales.nbytes + 128)), 0, []                # one piece, as `models.decode` places a model
+    def place(t):
+        nonlocal at
+        at += -(-t.nbytes//64)*64
+        return memory[at - -(-t.nbytes//64)*64:][:t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+    for _ in range(n): copies.append(dataclasses.replace(p, data=place(p.data), scales=place(p.scales)))
     structs = [ctypes.byref(c.struct) for c in copies]
     lib, args = native.load("product.cpp"), (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(M), 1, path)
     def run(keep=(copies, x, y)):

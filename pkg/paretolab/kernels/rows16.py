@@ -140,13 +140,13 @@ class Packed:
             _structs[self] = pointers, s
         return s
 
-# %% ../../../nbs/kernels/rows16.ipynb #c3cc5f55
+# %% ../../../nbs/kernels/rows16.ipynb #8552b261
 _PAGE = 1 << 21
 
 def _memory(nbytes):
     "Zeroed bytes, in pages of 2 MB if they are many and the system has such pages."
     if nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"): return torch.zeros(nbytes, dtype=torch.uint8)
-    m = mmap.mmap(-1, nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    m = mmap.mmap(-1, -(-nbytes//_PAGE)*_PAGE + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try: m.madvise(mmap.MADV_HUGEPAGE)
     except OSError: pass                                # a system built without them
     t = torch.frombuffer(m, dtype=torch.uint8)
