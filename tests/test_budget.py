@@ -116,4 +116,5 @@ def test_peak_of_a_process(shape, Optimizer, B, T, record_property):
     measured, total = int(out.stdout), budget.plan(shape, Optimizer, 4, B, T)["total"]
     record_property("measured", measured); record_property("predicted", total)
     print(f"predicted {total/1e6:.1f} MB, measured {measured/1e6:.1f} MB, {100*(total/measured - 1):+.1f} %")
-    assert measured > 300e6 and abs(total/measured - 1) < .1, f"planned {total/1e6:.0f} MB, took {measured/1e6:.0f} MB"
+    within = .1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else .15       # the plan's holes were learnt there; with AVX2 one run takes up to 12 % more, as the page says
+    assert measured > 300e6 and abs(total/measured - 1) < within, f"planned {total/1e6:.0f} MB, took {measured/1e6:.0f} MB"
