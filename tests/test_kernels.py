@@ -1,5 +1,6 @@
 """Building kernels under faults and from two processes at once, and unpacking on grids of shapes."""
 import ctypes, random, shutil, subprocess, sys, time, warnings
+from pathlib import Path
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -169,3 +170,11 @@ def test_writes_nothing_beyond_its_rows(cache):
         packed, out = torch.full((2, m), 255, dtype=torch.uint8), torch.full((2*columns + 64,), 77, dtype=torch.uint8)
         lib.unpack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(out[32:].data_ptr()), *map(ctypes.c_int64, (2, m, columns)), b)
         assert (out[:32] == 77).all() and (out[-32:] == 77).all() and (out[32:-32] != 77).all()
+
+@compiler
+@pytest.mark.parametrize("source", sorted((Path(native.__file__).parent/"csrc").glob("*.cpp")), ids=lambda s: s.name)
+def test_the_portable_text_stands_alone(source, tmp_path):
+    "As another kind of processor sees it: nothing outside of the x86 part needs what is inside."
+    (plain := tmp_path/source.name).write_text(source.read_text().replace("defined(__x86_64__)", "0"))
+    done = subprocess.run(["g++", "-std=c++17", "-fsyntax-only", str(plain)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr[:2000]

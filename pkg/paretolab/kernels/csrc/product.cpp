@@ -105,6 +105,8 @@ static void scalar(const Packed& p, int64_t tile, const Row* rows, int64_t M, fl
     }
 }
 
+static constexpr int R256 = 4; // rows of activations that the AVX2 path takes at a time
+
 static inline void next_page(const uint8_t* d) { if (!(uintptr_t(d) & 4032)) __builtin_prefetch(d + 4096); }
 template <int w> static inline void ahead(const uint8_t* d) { __builtin_prefetch(d + (w < 4 ? 2048 : 1024)); }
 
@@ -350,8 +352,6 @@ static void table256(const Packed& p, int64_t tile, const Row* rows, int64_t M, 
         for (int h = 0; h < 2; h++) store8(p, tile * 16 + 8 * h, f[h], rows[r].s, y);
     }
 }
-
-static constexpr int R256 = 4; // rows of activations at a time
 
 // Dot products of 16 rows with R256 activations over 32 columns, in 16 bits: `part` 0 and 1 are the halves of bytes above 15
 template <bool wide> static inline void dots256(const uint8_t* q, const Row* rows, int64_t column, int part, int shift, __m256i (*out)[2]) {
