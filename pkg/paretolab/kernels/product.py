@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['naive', 'fast', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/product.ipynb #11fa98f3
+# %% ../../../nbs/kernels/product.ipynb #d5857b20
 import ctypes, torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import activations, native
 from .rows16 import Packed, _codes_of, levels, _of_parts, pack, rows
+from .unpack import _watched
 from ..quantizers.lowbit import LowBit
 
 _all_ = ["Packed", "pack", "rows"] # of kernels.rows16: what a caller of products needs, from one place
@@ -86,16 +86,11 @@ def _(dy, data, scales, zeros, perm, table, grid, numbers, step): return dy.new_
 
 _product.register_autograd(_backward, setup_context=_remember)
 
-# %% ../../../nbs/kernels/product.ipynb #fbfe02ac
+# %% ../../../nbs/kernels/product.ipynb #00ebfb8b
 @_product.register_vmap
 def _(info, places, x, *parts):
     if any(p is not None for p in places[1:7]): raise ValueError("one product has one matrix: vmap goes over activations only")
     return _product(x.movedim(places[0], 0), *parts), 0
-
-def _watched(x):
-    "Whether torch has to see the call: to compile or trace it, or to differentiate."
-    return type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() \
-        or torch._C._functorch.peek_interpreter_stack() is not None
 
 def fast(
     x:Tensor, # activations, (..., k) float32

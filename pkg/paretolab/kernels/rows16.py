@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['place', 'levels', 'Packed', 'pack', 'rows']
 
-# %% ../../../nbs/kernels/rows16.ipynb #0147009f
+# %% ../../../nbs/kernels/rows16.ipynb #9be6e80f
 import ctypes, mmap, torch
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.nn.functional import pad
 from . import native
+from .unpack import _watched
 from ..quantizers.lowbit import LowBit
 
 # %% ../../../nbs/kernels/rows16.ipynb #72be8363
@@ -233,12 +233,11 @@ def _op(ids:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|N
 @_op.register_fake
 def _(ids, data, scales, zeros, perm, table, grid, numbers, step): return grid.new_empty(*ids.shape, numbers[1])
 
-# %% ../../../nbs/kernels/rows16.ipynb #f670d577
+# %% ../../../nbs/kernels/rows16.ipynb #d54a7fea
 def rows(
     packed:Packed, # (m, k)
     ids:Tensor, # (...) integers, 0 … m-1
 )->Tensor: # (..., k) float32
     "Values of some rows: the lookup of an embedding."
     if not isinstance(packed, Packed) or not isinstance(ids, Tensor): raise TypeError(f"rows of a packed matrix are asked for by a tensor of numbers (got {type(packed).__name__} and {type(ids).__name__})")
-    watched = type(ids) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    return _op(ids, *packed.parts) if watched else _look_up(ids, packed)
+    return _op(ids, *packed.parts) if _watched(ids) else _look_up(ids, packed)

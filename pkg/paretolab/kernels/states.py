@@ -123,7 +123,7 @@ def _code(x, decades, SIGNED: tl.constexpr):
     else: p = tl.where(x > 0, p - 1, 0)
     return tl.where(good, p, 0).to(tl.uint8), s
 
-# %% ../../../nbs/kernels/states.ipynb #7ed37da8
+# %% ../../../nbs/kernels/states.ipynb #907f29a5
 @triton.jit
 def _adamw(w, g, mc, ms, vc, vs, decades, C, β1, fresh1, β2, fresh2, keep, η, ρ, eps, B: tl.constexpr):
     j = tl.program_id(1)*B + tl.arange(0, B)
@@ -135,10 +135,10 @@ def _adamw(w, g, mc, ms, vc, vs, decades, C, β1, fresh1, β2, fresh2, keep, η,
     θ = tl.load(w + i, mask=inside, other=0.0).to(tl.float32)
     θ = θ*keep - tl.div_rn(x*η, tl.sqrt_rn(y)*ρ + eps)
     tl.store(w + i, θ.to(w.dtype.element_ty), mask=inside)
-    c, s = _code(tl.where(inside, x, 0.0), decades, True)
+    c, s = _code(x, decades, True)
     tl.store(mc + i, c, mask=inside)
     tl.store(ms + block, s)
-    c, s = _code(tl.where(inside, y, 0.0), decades + 24, False)
+    c, s = _code(y, decades + 24, False)
     tl.store(vc + i, c, mask=inside)
     tl.store(vs + block, s)
 

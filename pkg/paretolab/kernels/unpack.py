@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['row_bytes', 'naive', 'fast']
 
-# %% ../../../nbs/kernels/unpack.ipynb #1b5277ae
+# %% ../../../nbs/kernels/unpack.ipynb #55b9e3c3
 import ctypes
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import native
 
 # %% ../../../nbs/kernels/unpack.ipynb #2febf5f2
@@ -43,14 +44,8 @@ def naive(
     each = digit(2, 8).flatten(1)[:,:columns*b].unflatten(1, (columns, b))  # (R, C, b)
     return sum(each[...,k] << k for k in range(b))
 
-# %% ../../../nbs/kernels/unpack.ipynb #c6879970
-@torch.library.custom_op("paretolab::unpack", mutates_args=())
-def fast(
-    packed:Tensor, # p, (R, m) uint8
-    bits:float, # b
-    columns:int, # C
-)->Tensor: # q, (R, C) uint8
-    "Unpack in one pass, or by the definition where no C++ compiler exists."
+# %% ../../../nbs/kernels/unpack.ipynb #e7362c6d
+def _run(packed, bits, columns):
     _check(packed, bits, columns)
     lib = native.load("unpack.cpp") if packed.device.type == "cpu" else None
     if lib is None: return naive(packed, bits, columns)
@@ -59,5 +54,22 @@ def fast(
     lib.unpack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(codes.data_ptr()), *size, 0 if bits == 1.58 else int(bits))
     return codes
 
-@fast.register_fake
+@torch.library.custom_op("paretolab::unpack", mutates_args=())
+def _op(packed:Tensor, bits:float, columns:int)->Tensor: return _run(packed, bits, columns)
+
+@_op.register_fake
 def _(packed, bits, columns): return packed.new_empty(packed.shape[0], columns)
+
+# %% ../../../nbs/kernels/unpack.ipynb #ff18e74b
+def _watched(x):
+    "Whether torch has to see a call on this tensor: to compile or trace it, to differentiate it, or to hand it to a mode or a subclass."
+    return type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() \
+        or torch._C._functorch.peek_interpreter_stack() is not None
+
+def fast(
+    packed:Tensor, # p, (R, m) uint8
+    bits:float, # b
+    columns:int, # C
+)->Tensor: # q, (R, C) uint8
+    "Unpack in one pass, or by the definition where no C++ compiler exists."
+    return _op(packed, bits, columns) if _watched(packed) else _run(packed, bits, columns)
