@@ -49,12 +49,12 @@ def real(left_out, targets, n):
     return dict(shape=Shape(vocab=512, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=64), batch=8, length=64, steps=120, optimizer=lambda named: Muon(named, lr=1e-2), nbytes=nbytes,
         tokens={d: t for d,t in T.items() if d not in left_out}, looks=windows({d: looks[d] for d in targets or T}, 64, n), tests=windows({d: V[d] for d in targets or T}, 64, 32 if not targets else 256))
 
-V, C, Q = 32, np.array([[.8, .2, 0, 0, 0], [.2, .8, 0, 0, 0], [0, 0, .7, .3, 0], [0, 0, .3, .7, 0], [0, 0, 0, 0, 1.]]), np.array([.6, .05, .25, .05, .05])
+V, JUMP, C, Q = 32, .05, np.array([[.8, .2, 0, 0, 0], [.2, .8, 0, 0, 0], [0, 0, .7, .3, 0], [0, 0, .3, .7, 0], [0, 0, 0, 0, 1.]]), np.array([.6, .05, .25, .05, .05])
 ORDER = np.random.default_rng(0).permutation(V)
 def chain(c, n, seed):
-    "A Markov chain that takes the k-th of five permutations with probability c_k."
-    out, k = np.zeros(n, np.int64), 7*np.random.default_rng(seed).choice(len(c), n, p=c)
-    for i in range(1, n): out[i] = (ORDER[out[i-1]] + k[i]) % V
+    "A Markov chain that takes the k-th of five permutations with probability c_k; one step in twenty leads anywhere, so that every chain visits every token equally often."
+    rng = np.random.default_rng(seed); out, k, anywhere, jumps = np.zeros(n, np.int64), 7*rng.choice(len(c), n, p=c), rng.integers(0, V, n), rng.random(n) < JUMP
+    for i in range(1, n): out[i] = anywhere[i] if jumps[i] else (ORDER[out[i-1]] + k[i]) % V
     return out
 
 @functools.cache
@@ -62,7 +62,7 @@ def setting(name):
     if name == "uniform": return real((), (), 2)
     if name == "held-out": return real(("legal",), ("legal",), 20)
     world = {f"d{j}": Part(chain(c, 12_000*(5 - j), j), 0, 12_000*(5 - j)) for j,c in enumerate(C)}; goal = Part(chain(Q @ C, 12_000, 99), 0, 12_000)
-    return dict(shape=Shape(vocab=V, dim=32, ff=64, layers=1, heads=2, kv_heads=1, context=1), batch=256, length=1, steps=160, optimizer=lambda named: torch.optim.AdamW([p for _,p in named], lr=1e-2, fused=True), nbytes=torch.ones(V, dtype=torch.int64), tokens=world,
+    return dict(shape=Shape(vocab=V, dim=32, ff=64, layers=1, heads=2, kv_heads=1, context=1), batch=256, length=1, steps=320, optimizer=lambda named: torch.optim.AdamW([p for _,p in named], lr=1e-2, fused=True), nbytes=torch.ones(V, dtype=torch.int64), tokens=world,
         looks=windows(dict(goal=Part(goal.t, 0, 4000)), 1, 512), tests=windows(dict(goal=Part(goal.t, 4000, 8000)), 1, 8000))
 
 def uniform(s): return dict.fromkeys(s["tokens"], 1/len(s["tokens"]))
@@ -189,4 +189,5 @@ if __name__ == "__main__":
         for m,f in b["methods"].items():
             v = [r["bpb"] for r in f["runs"]]; print(f"  {m:14} {np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})  +{np.mean([r['extra_passes'] for r in f['runs']]):.2f} passes  chosen {f['chosen']}")
     had = json.loads(RESULT.read_text())["settings"] if RESULT.exists() else {}
-    RESULT.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings={**had, **boards}), indent=1) + "\n")
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    RESULT.write_text(json.dumps(dict(cpu=cpu, torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings={**had, **boards}), indent=1) + "\n")
