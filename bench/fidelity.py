@@ -71,4 +71,5 @@ for seed in SEEDS:
     x.close()
 for name in dict.fromkeys(r["method"] for r in rows if r["method"] != "truth"):
     print(f"{name:28}", "  ".join(f"{k} {statistics.fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for k in ("entries", "effects", "rank") for v in [[r[k] for r in rows if r["method"] == name]]))
-(Path(__file__).parent/"results"/"fidelity.json").write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, times=TIMES, seeds=SEEDS, alone=ALONE, repeats=REPEATS, domains=NAMES, rows=rows)) + "\n")
+cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+(Path(__file__).parent/"results"/"fidelity.json").write_text(json.dumps(dict(cpu=cpu, torch=torch.__version__, times=TIMES, seeds=SEEDS, alone=ALONE, repeats=REPEATS, domains=NAMES, rows=rows)) + "\n")
