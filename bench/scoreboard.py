@@ -12,6 +12,7 @@ from paretolab.engine.schedules import wsd
 from paretolab.engine.steer import Steer, held_out
 from paretolab.engine.sweep import sweep, trial
 from paretolab.mixers.aioli import Aioli
+from paretolab.mixers.automixer import AutoMixer
 from paretolab.mixers.dga import DGA
 from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
@@ -85,8 +86,9 @@ def schedule(steps): return wsd(steps, steps//10, .3)
 def train(s, seed, weights, mixer=None, reference=None, count=None):
     "One run; the model, the mean of its mixtures, and the mixer's last state."
     model, stream = new(s, seed), MixedStream(s["tokens"], weights, s["batch"], s["length"], seed); count and count.watch(model)
-    hook = mixer and Steer(mixer, model, stream, s["looks"], seed, reference, minibatch=1 if s["length"] > 1 else 32)
-    with tempfile.TemporaryDirectory() as run: log = fit(model, stream, s["optimizer"](model.named_parameters()), schedule(s["steps"]), [hook] if hook else [], steps=s["steps"], run=run)
+    with tempfile.TemporaryDirectory() as run, tempfile.TemporaryDirectory() as kept:
+        hook = mixer and Steer(mixer, model, stream, s["looks"], seed, reference, minibatch=1 if s["length"] > 1 else 32, kept=kept)
+        log = fit(model, stream, s["optimizer"](model.named_parameters()), schedule(s["steps"]), [hook] if hook else [], steps=s["steps"], run=run)
     stream.close()
     return model, {d: float(np.mean([r["weights"][d] for r in log])) for d in stream.domains}, hook and hook.state
 
@@ -116,6 +118,14 @@ def by_proxy(make):
         return score(s, model, p, c, proxy.passes + (1 if r else 0))
     return method
 
+def by_samples(make):
+    "What samples do for tasks at the checkpoints of a proxy run, and the mixture of the run that counts."
+    def method(name, s, seed, x):
+        proxy, c, m = Count(s), Count(s), make(s, x); *_, state = train(s, seed + 1000, uniform(s), m, count=proxy)
+        model, p, _ = train(s, seed, m.weights(state), count=c)
+        return score(s, model, p, c, proxy.passes)
+    return method
+
 def from_table(make):
     def method(name, s, seed, x):
         m, c, P = make(targets(name), x), Count(s), list(s["tokens"]); state = m.init(P, uniform(s), seed); plan = m.plan(state, 0)
@@ -131,6 +141,7 @@ METHODS = dict(
     dga=(online(lambda t, η: DGA(eta=η, every=16, beta=.2)), (.3, 3., 30.)),
     skill_it=(online(lambda t, η: SkillIt(eta=η, every=16, steps=2, targets=t)), (.1, .5, 2.)),
     aioli=(online(lambda t, x: Aioli(eta=x[0], every=40, steps=2, passes=1, ema=x[1], targets=t)), ((4., None), (8., .1), (1., None))),
+    automixer=(by_samples(lambda s, n: AutoMixer(every=s["steps"]//5, checkpoints=4, samples=n)), (4, 16, 64)),          # of several targets: for one, its groups are one group and the mixture is the prior
     regmix=(from_table(lambda t, n: RegMix(runs=RUNS, targets=t, best=n)), (16, 128, 1024)),
     mixing_laws=(from_table(lambda t, ε: MixingLaws(runs=RUNS, targets=t, floor=ε)), (.002, .02, .05)))
 TABLES = {}
@@ -170,6 +181,7 @@ def board(name):
         r, = ask([dict(setting=name, method="table", seed=seed)]); import scoreboard; scoreboard.TABLES[name, seed] = r["out"]; cpu += r["cpu"]
     found = {}
     for m,(_,grid) in METHODS.items():
+        if m == "automixer" and name != "uniform": continue
         tuned = ask([dict(setting=name, method=m, seed=TUNING, x=x) for x in grid]); x = grid[int(np.argmin([r["out"]["looks"] for r in tuned]))]
         runs = ask([dict(setting=name, method=m, seed=seed, x=x) for seed in SEEDS]); cpu += sum(r["cpu"] for r in tuned + runs)
         found[m] = dict(tried=list(grid), tuning=[r["out"]["looks"] for r in tuned], chosen=x, runs=[r["out"] for r in runs])
