@@ -572,6 +572,8 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                     'paretolab/kernels/product.py'),
                                            'paretolab.kernels.product._check': ( 'kernels/product.html#_check',
                                                                                  'paretolab/kernels/product.py'),
+                                           'paretolab.kernels.product._matrix': ( 'kernels/product.html#_matrix',
+                                                                                  'paretolab/kernels/product.py'),
                                            'paretolab.kernels.product._plain': ( 'kernels/product.html#_plain',
                                                                                  'paretolab/kernels/product.py'),
                                            'paretolab.kernels.product._product': ( 'kernels/product.html#_product',

@@ -155,7 +155,7 @@ def fast(
     ready(x)
     return _Function.apply(x, q) if 0 not in (*x.shape, q.shape[0]) else x.sum()*0 + x.new_zeros(len(x), q.shape[0])
 
-# %% ../../../nbs/kernels/dequant.ipynb #feea122e
+# %% ../../../nbs/kernels/dequant.ipynb #93b02756
 def _case(bits, variant, M, back=False, x="bf16"):
     t, tiles = dict(zip(("dy" if back else "x", "w", "grid", "scales", "zeros", "dx" if back else "y"), (f"*{x}", "*u8", "*fp32", "*fp16", "*fp16", "*fp32"))), _tiles(bits, M, x == "fp32")
     if variant in ("e8m0", "e4m3"): t["scales"] = "*u8"
@@ -165,6 +165,6 @@ def _case(bits, variant, M, back=False, x="bf16"):
     return Case(f"{bits:g} bits, {variant}, {'decode' if M == 1 else 'prefill'}{'' if x == 'bf16' else ', ' + x}", _gradient if back else _product, t | dict.fromkeys(("M", "N", "C", "units", "row"), "i32") | dict.fromkeys(("Q0", "δ"), "fp32"),
         fixed, dot=x != "fp32", num_warps=4, num_stages=2, aligned=("N", "C", "units", "row"))
 
-cases = [_case(b, v, M) for b in _unit for v in ("row", "group", "table") for M in (1, 256)] + [_case(4, v, M) for v in ("e8m0", "e4m3", "zeros") for M in (1, 256)]
-cases += [_case(b, "group", 256, True) for b in _unit] + [_case(4, v, 256, True) for v in ("table", "e8m0", "e4m3", "zeros")]
+cases = [_case(b, v, M) for b in _unit for v in ("row", "group", "table", "e8m0", "e4m3", "zeros") for M in (1, 256)]
+cases += [_case(b, v, 256, True) for b in _unit for v in ("group", "table", "e8m0", "e4m3", "zeros")]
 cases += [_case(b, v, M, back, x) for x in ("fp16", "fp32") for b in _unit for v, M, back in (("group", 1, False), ("group", 256, False), ("table", 256, False), ("group", 256, True))]
