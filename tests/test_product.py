@@ -306,6 +306,22 @@ def test_traced_batched_and_negated():
     assert torch.equal(product.fast(torch._neg_view(x), p), product.fast(-x, p))
     with pytest.raises(NotImplementedError, match="forward mode"): torch.func.jvp(lambda v: product.fast(v, p), (x,), (x,))
 
+def test_the_gradient_has_a_gradient():
+    q = tensor("stretched", 20, 64, 32, zeros=torch.float16, perm=True)
+    p, W, dy, v = product.pack(q), q.dequantize(), torch.randn(3, 20, requires_grad=True), torch.randn(3, 64)
+    x = torch.randn(3, 64, requires_grad=True)
+    first, = torch.autograd.grad(product.fast(x, p), x, dy, create_graph=True)
+    second, = torch.autograd.grad(first, dy, v, create_graph=True)
+    torch.testing.assert_close(second, v @ W.t())
+    grads, = torch.autograd.grad(product.fast(x, p), x, torch.eye(60).view(60, 3, 20), is_grads_batched=True)           # the gradient under vmap
+    torch.testing.assert_close(grads, torch.eye(60).view(60, 3, 20) @ W)
+    with pytest.raises(NotImplementedError, match="torch.func"): torch.func.grad(lambda u: product.fast(u, p).sum())(x.detach())
+
+@compiler
+def test_far_too_many_threads_are_some():
+    p, x = product.pack(tensor("4", **BIG)), torch.randn(3, 640)
+    assert torch.equal(product._run(x, p, None, 100_000), product._run(x, p, None, 1))
+
 def test_the_order_of_columns_is_its_own():
     q, x = tensor("4", 20, 64, 32, perm=True), torch.randn(2, 64)
     p = product.pack(q)
@@ -411,6 +427,9 @@ def test_under_the_address_sanitizer(tmp_path, record_property):
         P = l.start()
         l.train(P, l.make(name, P), 0, 3)
     n += len(test_steps.KINDS) + len(l.NAMES)
+    import test_gptq
+    for R in (1, 15, 16, 17, 40): test_gptq.test_nothing_is_written_beyond_the_rows(R)
+    n += 5
     print(n)"""
     import os
     env = os.environ | dict(CXX=str(wrapper), PARETOLAB_CACHE=str(tmp_path/"cache"), LD_PRELOAD=libasan, ASAN_OPTIONS="detect_leaks=0:abort_on_error=0")

@@ -406,6 +406,7 @@ struct Work { // what several threads call
 class Team {
     std::mutex one, m;
     std::condition_variable go, done;
+    static constexpr int most = 256; // threads beside the caller's
     const Work* work = nullptr;
     int hired = 0, want = 0, at_work = 0;
     int64_t job = 0;
@@ -422,6 +423,7 @@ class Team {
     }
 public:
     void run(int threads, const Work& f) {
+        threads = std::min(threads, most + 1);
         std::unique_lock<std::mutex> only(one, std::try_to_lock);
         if (threads < 2 || !only) return f();
         {
