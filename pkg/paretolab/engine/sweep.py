@@ -90,7 +90,7 @@ def _locked(path):
         found, size = _read(path); f.truncate(size)
         yield f, found
 
-# %% ../../../nbs/engine/sweep.ipynb #ef491466
+# %% ../../../nbs/engine/sweep.ipynb #932a625d
 def sweep(
     fn, # the trial: a module's function from a JSON value to a JSON value
     configs:list, # a JSON value each
@@ -105,6 +105,7 @@ def sweep(
         for key,out in (executor or local())(name, list(todo.items())) if todo else ():
             found[key] = dict(key=key, config=todo[key], **out)
             f.write(json.dumps(found[key]).encode() + b"\n"); f.flush(); os.fsync(f.fileno())
+    if left := [c for k,c in zip(keys, configs) if k not in found]: raise ValueError(f"the executor ended without an outcome for {len(left)} of {len(keys)} trials, the first {left[0]!r:.80}; call sweep again to make them")
     return [{k: v for k,v in found[key].items() if k not in ("key", "config")} for key in keys]
 
 # %% ../../../nbs/engine/sweep.ipynb #3d44fdb8
