@@ -135,6 +135,10 @@ def test_automixer_keeps_a_domain_that_only_harms_at_its_floor(AutoMixer=AutoMix
     r, = m.plan(s, 2); new = m.observe(s, {r: dict(tokens=dict(a=dict(x=9), b=dict(y=9)), influence=dict(good=dict(x=1., y=-5.), bad=dict(x=0., y=1.)))})
     assert new["shares"] == dict(good=1., bad=0.) and np.abs(np.array(new["p"]) - [.95, .05]).max() < 1e-12
 
+def test_automixer_with_one_target_gives_the_prior():
+    s, _ = run(m := replace(ONLINE["automixer"], targets=("law",)), World({k: 5*v for k,v in law().items()}))
+    assert s["done"] and s["shares"] == dict(law=1.) and max(abs(m.weights(s)[d] - PRIOR[d]) for d in NAMES) < 1e-9
+
 @pytest.mark.parametrize("m", [ONLINE["aioli"], ONLINE["aioli_averaged"]])
 def test_aioli_measures_the_planted_law(m):
     A = law(3); s, _ = run(m, World(A), 40)
