@@ -1,5 +1,5 @@
 """All optimizers under one contract: independent definitions, resume at every step, metamorphic properties, hostile gradients, ledgers, mutants."""
-import importlib, io, json, math, sys, types
+import functools, importlib, io, json, math, sys, types
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:an estimate of the curvature was
 SHAPES = {"embed.weight": (7, 4), "blocks.0.q.weight": (6, 5), "blocks.0.up.weight": (5, 8), "blocks.0.sq.weight": (4, 4), "blocks.0.row.weight": (1, 3), "head.weight": (7, 4), "norm.weight": (4,), "conv": (2, 3, 2), "conv4": (2, 1, 2, 2), "scale": ()}
 def rng(*seed): return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 def start(dtype=torch.float32, shapes=SHAPES, seed=0): return {n: torch.randn(s, generator=rng(seed, i)).to(dtype).requires_grad_() for i,(n,s) in enumerate(shapes.items())}
-def gradient(n, t, shapes=SHAPES): return torch.randn(shapes[n], generator=rng(7, t, list(shapes).index(n)))
+@functools.cache
+def _drawn(shape, *seed): return torch.randn(shape, generator=rng(*seed))
+def gradient(n, t, shapes=SHAPES): return _drawn(shapes[n], 7, t, list(shapes).index(n)).clone()
 def make(name, P, **more): return member("optimizers", name)(P.items(), **{**kw(name), **more})
 def train(P, o, at, steps, of=gradient):
     for t in range(at, at + steps):

@@ -1,9 +1,10 @@
 """Every page runs from top to bottom, offline and in a copy, and draws its figures. Two pages run at a time."""
-import json, os, re, shutil
+import functools, json, os, re, shutil, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat, pytest
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -16,12 +17,27 @@ PAGES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb
 # A figure makes a kernel import nbformat, and that, through an optional check of jsonschema that no page needs, compile the grammar of internet addresses: 2 CPU seconds a page.
 LINES = "--IPKernelApp.exec_lines=import sys; sys.modules['rfc3987_syntax'] = None; del sys"
 
+@functools.cache
+def forked():
+    "The start of a command that gives a kernel which has torch already."
+    path, script = tempfile.mkdtemp() + "/kernels", str(Path(__file__).with_name("forked_kernel.py"))
+    server = subprocess.Popen([sys.executable, script, "serve", path], stdin=subprocess.PIPE)
+    while not os.path.exists(path) and server.poll() is None: time.sleep(.05)
+    assert server.poll() is None, "the process that kernels are forked from has ended"
+    return server, [sys.executable, "-S", "-E", script, path, "-f", "{connection_file}"]
+
+def kernel():
+    "A kernel of its own; on Linux, forked from one that has torch."
+    km = AsyncKernelManager(kernel_name="python3")
+    if sys.platform == "linux": km.kernel_spec.argv = forked()[1]
+    return km
+
 def execute(page, seconds=300):
     "Run one page where it lies; give the notebook as it came out."
     nb = nbformat.read(page, 4)
     for cell in nb.cells:
         if cell.cell_type == "code" and re.search(r"^#\| *eval: *false", cell.source, re.M): cell.cell_type = "raw"; del cell["outputs"], cell["execution_count"]
-    NotebookClient(nb, timeout=seconds, kernel_name="python3", allow_errors=True, extra_arguments=[LINES], resources=dict(metadata=dict(path=page.parent))).execute()
+    NotebookClient(nb, km=kernel(), timeout=seconds, allow_errors=True, extra_arguments=[LINES], resources=dict(metadata=dict(path=page.parent))).execute()
     return nb
 
 def problems(nb):

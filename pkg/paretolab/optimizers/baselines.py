@@ -7,7 +7,6 @@ __all__ = ['NAdamW', 'Adafactor', 'SOAP', 'ScheduleFree']
 
 # %% ../../../nbs/optimizers/baselines.ipynb #5e8a0532
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim._adafactor import adafactor
 from torch.optim.nadam import nadam
 from .adamw import adamw
@@ -75,7 +74,7 @@ class Adafactor(Optimizer):
 # %% ../../../nbs/optimizers/baselines.ipynb #9f02b86b
 def _whole(named):
     "Refuse sharded parameters."
-    if odd := [n for n,p in named if isinstance(p, DTensor)]: raise ValueError(f"this optimizer needs whole parameters (got the sharded {odd[0]!r}); replicate them, or take optimizers.adamw or optimizers.apollo")
+    if odd := [n for n,p in named if hasattr(p, "placements")]: raise ValueError(f"this optimizer needs whole parameters (got the sharded {odd[0]!r}); replicate them, or take optimizers.adamw or optimizers.apollo")
 
 # %% ../../../nbs/optimizers/baselines.ipynb #4d27445b
 def _library(name):

@@ -6,10 +6,10 @@
 __all__ = ['is_end', 'local', 'Whole', 'working', 'Optimizer']
 
 # %% ../../../nbs/optimizers/contract.ipynb #cfd2161f
-import math, re
+import inspect, math, re
+from types import SimpleNamespace
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 # %% ../../../nbs/optimizers/contract.ipynb #2dbaa9c0
 def _check(
@@ -38,7 +38,7 @@ def local(
     t:Tensor, # a tensor, perhaps sharded
 )->Tensor: # what of it lies in this process
     "This process's part of a tensor, sharing its memory."
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if hasattr(t, "placements") else t
 
 # %% ../../../nbs/optimizers/contract.ipynb #c12e836f
 class Whole:
@@ -121,7 +121,7 @@ class _Ledger:
             print(f"{n:<26} {str(shapes[n]):<12} {rule + ', not decayed'*(len(shapes[n]) != 2):<20} {_bytes(cls, rule, shapes[n], rank):>9,} bytes")
         return rules
 
-# %% ../../../nbs/optimizers/contract.ipynb #dea25a37
+# %% ../../../nbs/optimizers/contract.ipynb #8b8fe5b5
 class _Work:
     "What a rule works on."
     def gradient(self, g, p):
@@ -135,10 +135,20 @@ class _Work:
         if self.state[p]: return
         for k,z in zeros.items(): self.states.begin(self.state[p], k, z)
         self.state[p]["step"] = torch.tensor(0.)
-    def tick(self, p):
-        "The number of this step, from 1."
-        self.state[p]["step"] = t = self.state[p]["step"] + 1
-        return int(t)
+    def ticks(self, params):
+        "The number of this step of each, from 1."
+        held = [self.state[p] for p in params]
+        for s,t in zip(held, torch._foreach_add([s["step"] for s in held], 1)): s["step"] = t
+        return [int(s["step"]) for s in held]
+    def tick(self, p): return self.ticks([p])[0]
+    def parts(self, g, params):
+        "All parameters of which nothing has to be copied together, the others one by one."
+        alike = lambda p: type(self.states) is Whole and p.dtype == working(p) and not g["maximize"]
+        many, alone = [p for p in params if alike(p)], [[p] for p in params if not alike(p)]
+        return [many, *alone] if many else alone
+
+# %% ../../../nbs/optimizers/contract.ipynb #5e0c9d17
+_bare = SimpleNamespace(**{k: inspect.unwrap(getattr(torch.optim.Optimizer, k)) for k in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")})
 
 # %% ../../../nbs/optimizers/contract.ipynb #88f1ec0d
 class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
@@ -150,6 +160,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         self.rounding = lambda p, w: local(p).copy_(w)
         super().__init__([dict(params=list(named_parameters))], defaults)
 
+    state_dict, zero_grad = _bare.state_dict, _bare.zero_grad
     def admit(self, rule, named, group): pass # a subclass refuses here what its rule cannot do
 
     def add_param_group(self, group):
@@ -164,7 +175,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
             self.admit(rule, part, g)
             for n,p in part: self.states.admit(n, p, self.slots(rule, tuple(p.shape), g.get("rank")))
         for (rule,decayed),part in parts.items():
-            super().add_param_group({**options, "params": part, "shapes": [list(p.shape) for _,p in part], "rule": rule, "weight_decay": float(g["weight_decay"]*decayed)})
+            _bare.add_param_group(self, {**options, "params": part, "shapes": [list(p.shape) for _,p in part], "rule": rule, "weight_decay": float(g["weight_decay"]*decayed)})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -191,7 +202,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         "Load a saved state; every tensor keeps the type it was saved in."
         _same(self.param_groups, state_dict["param_groups"])
         for g,saved in zip(self.param_groups, state_dict["param_groups"]): self._fit(g, [state_dict["state"].get(i, {}) for i in saved["params"]])
-        super().load_state_dict(state_dict)
+        _bare.load_state_dict(self, state_dict)
         ids, params = ([p for g in groups for p in g["params"]] for groups in (state_dict["param_groups"], self.param_groups))
         for i,p in zip(ids, params):
             if i in state_dict["state"]: self.state[p] = {k: v.detach().clone(memory_format=torch.contiguous_format).to("cpu" if k == "step" else p.device) for k,v in state_dict["state"][i].items()}

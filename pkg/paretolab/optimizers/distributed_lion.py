@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from fastcore.basics import patch
 from .contract import Optimizer, _refuse, working
 
@@ -85,7 +84,7 @@ class DistributedLion(Optimizer):
     @staticmethod
     def slots(rule, shape, rank=None): return dict(exp_avg=shape, step=())
     def admit(self, rule, named, group):
-        if odd := [n for n,p in named if isinstance(p, DTensor)]: raise ValueError(f"workers vote on whole parameters, each with its own gradient (got the sharded {odd[0]!r}, whose gradients are summed before anyone sees them); replicate them, or take optimizers.lion")
+        if odd := [n for n,p in named if hasattr(p, "placements")]: raise ValueError(f"workers vote on whole parameters, each with its own gradient (got the sharded {odd[0]!r}, whose gradients are summed before anyone sees them); replicate them, or take optimizers.lion")
 
     def load_state_dict(self, state_dict):
         "Load what this worker saved."

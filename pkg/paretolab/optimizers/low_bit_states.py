@@ -7,7 +7,6 @@ __all__ = ['Small', 'AdamW8', 'AdamFP8', 'Lion8', 'LionFP8', 'APOLLO8', 'APOLLOF
 
 # %% ../../../nbs/optimizers/low_bit_states.ipynb #1ad3dd28
 import math, torch
-from torch.distributed.tensor import DTensor
 from ..kernels import state_steps
 from .adamw import AdamW
 from .apollo import APOLLO, Mini
@@ -32,7 +31,7 @@ class Small(Whole):
     def admit(self, name, p, slots):
         if not any(map(self.small, slots.values())): return
         if p.dtype == torch.float64: raise ValueError(f"moments of 8 bits are for parameters of 32 or 16 bits (got {name!r}, {p.dtype})")
-        if isinstance(p, DTensor) and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
+        if hasattr(p, "placements") and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
             raise ValueError(f"blocks lie within rows, so a parameter with moments of 8 bits is sharded along its first dimension (got {name!r}, {p.placements})")
     def begin(self, state, key, zeros):
         if not self.small(zeros.shape): return super().begin(state, key, zeros)
@@ -59,8 +58,8 @@ class Small(Whole):
 def _zeros(like, shape, dtype):
     "Zeros of one part of a slot, sharded like the moment."
     z = torch.zeros(len(local(like)), *shape[1:], dtype=dtype, device=like.device)
-    if not isinstance(like, DTensor): return z
-    return DTensor.from_local(z, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
+    if not hasattr(like, "placements"): return z
+    return type(like).from_local(z, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
 
 def _move(states, o, g, p, kernel, keys, **numbers):
     "One pass over a parameter."
