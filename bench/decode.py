@@ -1,6 +1,6 @@
 """Decoding from low-bit tensors against llama.cpp on the same weights, and what a low-bit head costs: bench/results/decode_avx2.json, or as the processor's instructions are called.
 CPU time of one thread, all in one process, taken in turns. Needs the extra `bench`."""
-import ctypes, json, platform, sys, tempfile, time
+import ctypes, json, platform, subprocess, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from paretolab.quantizers import plan
 from paretolab.quantizers.lowbit import LowBit
 
 torch.set_num_threads(1); torch.set_grad_enabled(False)
-PROMPT, NEW, ROUNDS = 32, 64, int(sys.argv[1]) if len(sys.argv) > 1 else 11
+PROMPT, NEW, ROUNDS, SITTINGS = 32, 64, int(sys.argv[1]) if len(sys.argv) > 1 else 11, 4
 
 # The peer's formats for which our low-bit tensor can hold the very same weights: bits, group, grid, and codes (blocks, group) as bytes
 
@@ -153,12 +153,20 @@ def heads():
             print(found[-1], flush=True)
     return found
 
+def sitting():
+    "The 125M shape once more, in a process of its own: memory lies elsewhere, and an engine may be quicker or slower for as long as it lives."
+    rows = json.loads(subprocess.run([sys.executable, __file__, str(ROUNDS), "sitting"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])["rows"]
+    return dict(ratio=rows["same"]["ratio_to_peer"], tokens_per_s=rows["same"]["tokens_per_s"], peer_tokens_per_s=rows["Q4_0"]["tokens_per_s"])
+
 llama_cpp.llama_log_set(quiet := llama_cpp.llama_log_callback(lambda *a: None), ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
+    small = lambda others: compare("125M", mobilellm("125M"), "Q4_0", "Q4_0", others, folder)
+    if sys.argv[2:] == ["sitting"]: raise SystemExit(print(json.dumps(small({}))))
     shapes = [compare("1B", mobilellm("1B"), "TQ2_0", "Q8_0", {"head 4": ("TQ2_0", "Q4_0"), "head 2": ("TQ2_0", (2, 64)), "rows": ((2, 0), (8, 0)), "group 32": ((2, 32), "Q8_0"), "Q2_K": "Q2_K"}, folder),
-              compare("125M", mobilellm("125M"), "Q4_0", "Q4_0", {"rows": ((4, 0), (4, 0)), "2 bits": ((2, 64), (4, 64))}, folder)]
+              small({"rows": ((4, 0), (4, 0)), "2 bits": ((2, 64), (4, 64))})]
+shapes[1]["sittings"] = [sitting() for _ in range(SITTINGS)]
 cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
 result = dict(machine=platform.machine(), cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, llama_cpp_python=llama_cpp.__version__,
     system=llama_cpp.llama_print_system_info().decode(), prompt=PROMPT, new=NEW, rounds=ROUNDS, shapes=shapes, heads=heads())

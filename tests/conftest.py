@@ -1,7 +1,7 @@
 """What every test run shares: a skipped test must be on the list of allowed skips, and each `soak` test leaves a line in the journal."""
 import datetime, fnmatch, json, os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # two cores, and pages run two at a time
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # two cores, and pages run beside the tests
 
 import pytest
 
@@ -43,5 +43,13 @@ class Watch:
         if self.skips:
             terminalreporter.section("skipped, and not in tests/allowed_skips")
             for line in self.skips: terminalreporter.line(line)
+
+@pytest.fixture(scope="session", autouse=True)
+def pages(request, tmp_path_factory):
+    "The pages that this session asked for, under way from its start on."
+    asked = [i.callspec.params["page"] for i in request.session.items if getattr(i, "originalname", "") == "test_page_runs"]
+    if not asked: yield; return
+    from test_pages import ahead
+    with ahead(asked, tmp_path_factory.mktemp("pages")) as running: yield running
 
 def pytest_configure(config): config.pluginmanager.register(Watch(config.rootpath), "watch")

@@ -217,6 +217,21 @@ def test_matrices_share_memory_but_not_when_they_are_sent():
         assert len(pickle.dumps(p._matrices[0])) < p._matrices[0].nbytes + 4000 < p.nbytes
         assert len(sent := pickle.dumps(p)) < 2*p.nbytes + 40000 and torch.equal(pickle.loads(sent)(x), p(x)) and torch.equal(copy.deepcopy(p)(x), p(x))
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_type_of_new_tensors_changes_nothing(dtype):
+    "C++ writes 32-bit floats, whatever torch makes when nothing is said."
+    s = Shape(vocab=64, dim=32, ff=48, layers=2, heads=2, kv_heads=1, context=16)
+    with torch.no_grad():
+        (p, state), x = packed(s, 4), torch.randint(64, (1, 8))
+        if not p._native: pytest.skip("no C++ compiler")
+        y, e = p(x), product.rows(p.embed, x)
+        before = torch.get_default_dtype(); torch.set_default_dtype(dtype)
+        try:
+            again = p(x), PackedLM(s, state)(x)
+            assert torch.equal(product.rows(p.embed, x), e) and all(a.dtype == torch.float32 and torch.equal(a, y) for a in again)
+        finally: torch.set_default_dtype(before)
+        with torch.device("meta"): assert torch.equal(product.rows(p.embed, x), e)
+
 def test_tensors_that_move_are_found_again():
     "Pickling for another process, or sharing by hand, puts them elsewhere."
     from multiprocessing.reduction import ForkingPickler
@@ -226,7 +241,8 @@ def test_tensors_that_move_are_found_again():
         y = p(x)
         ForkingPickler.dumps(p)
         assert torch.equal(p(x), y)
-        p.blocks[1].down.data.share_memory_(), p.blocks[0].q.scales.share_memory_()
-        assert torch.equal(p(x), y)
+        p.blocks[1].down.data.share_memory_(), p.blocks[0].q.scales.share_memory_(), p.embed.grid.share_memory_()
+        assert torch.equal(p(x), y) and torch.equal(naive(p, x), y)
+        assert torch.equal(p(torch._neg_view(-x)), y)                                 # a view that torch negates when it is read
         p.norm.weight = torch.nn.Parameter(2*p.norm.weight, requires_grad=False)
         assert torch.equal(p(x), naive(p, x)) and not torch.equal(p(x), y)

@@ -48,6 +48,29 @@ def test_grids_that_are_not_even(start):
     if start is grids.e4m3: assert q.codes().view(torch.float8_e4m3fn).float().isfinite().all()
 
 
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("bits, group, start", [(1, 8, None), (1.58, 0, None), (2, 8, None), (4, 16, grids.asymmetric), (4, 32, grids.mxfp4), (8, 32, grids.e4m3)])
+def test_without_a_compiler_the_same_comes_out(bits, group, start, static, monkeypatch):
+    w, _, H = layer(7, R=37)
+    ours = gptq.solve(w, bits, group, gptq.factor(H), start, static)
+    monkeypatch.setattr(gptq.native, "load", lambda name: None)
+    theirs = gptq.solve(w, bits, group, gptq.factor(H), start, static)
+    assert torch.equal(ours[0].codes(), theirs[0].codes()) and torch.equal(ours[0].scales, theirs[0].scales) and ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("R", [1, 15, 16, 17, 40])
+def test_nothing_is_written_beyond_the_rows(R):
+    B, grid = 5, torch.arange(8.)
+    w, u, levels = torch.randn(B, R), torch.randn(B, B).triu() + 3*torch.eye(B), [(torch.rand(R) + .1, torch.randn(R)) for _ in range(B)]
+    kept, made = w.clone(), []
+    def framed(t): made.append(torch.full((B*R + 64,), 7.)); return made[-1][32:-32].view(B, R)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch, "empty_like", framed)
+        codes, E = gptq._at_once(w, u, levels, grid)
+    assert all((f[:32] == 7).all() and (f[-32:] == 7).all() for f in made) and len(made) == 2 and torch.equal(w, kept)
+    assert all(torch.equal(a, b) for a, b in zip((codes, E), gptq._in_turn(w, u, levels, grid)))
+
+
 def test_a_column_that_was_never_seen_keeps_its_nearest_level():
     w, X, H = layer(0)
     H[:, 7] = H[7] = 0

@@ -251,7 +251,7 @@ def test_a_fork_while_others_multiply_works():
         for c in crew: c.start()
         bad = 0
         sys.setswitchinterval(1e-5)
-        for _ in range(100):
+        for _ in range(40):
             child = os.fork()
             if not child:
                 import signal

@@ -9,7 +9,7 @@ __all__ = ['quantize']
 import torch
 from torch import Tensor
 
-# %% ../../../nbs/kernels/activations.ipynb #9970be12
+# %% ../../../nbs/kernels/activations.ipynb #698ed4b7
 def quantize(
     x:Tensor, # activations, (..., k) float32
 )->tuple[Tensor,Tensor]: # integers (..., k) int8 and scales (..., 1) float32
@@ -18,5 +18,5 @@ def quantize(
     if not x.shape[-1]: return x.to(torch.int8), x.new_zeros(*x.shape[:-1], 1)
     m = x.abs().amax(-1, keepdim=True)
     usable = m.isfinite() & (m >= 2**-100)
-    a = (x * torch.where(usable, torch.tensor(127.)/m, 0)).round().nan_to_num(0).to(torch.int8)
+    a = (x * torch.where(usable, torch.tensor(127., dtype=torch.float32)/m, 0)).round().nan_to_num(0).to(torch.int8)
     return a, torch.where(usable, m/127, (m - m).nan_to_num(torch.nan, torch.nan))

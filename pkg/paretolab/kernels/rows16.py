@@ -140,12 +140,12 @@ class Packed:
             _structs[self] = pointers, s
         return s
 
-# %% ../../../nbs/kernels/rows16.ipynb #8552b261
+# %% ../../../nbs/kernels/rows16.ipynb #dcaba695
 _PAGE = 1 << 21
 
 def _memory(nbytes):
     "Zeroed bytes, in pages of 2 MB if they are many and the system has such pages."
-    if nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"): return torch.zeros(nbytes, dtype=torch.uint8)
+    if nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"): return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     m = mmap.mmap(-1, -(-nbytes//_PAGE)*_PAGE + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try: m.madvise(mmap.MADV_HUGEPAGE)
     except OSError: pass                                # a system built without them
@@ -165,7 +165,7 @@ def _place(codes, width, group):
     lib.place(ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(data.data_ptr()), *size, width)
     return data
 
-# %% ../../../nbs/kernels/rows16.ipynb #fc0c2fec
+# %% ../../../nbs/kernels/rows16.ipynb #9de27f18
 def _tiles(t, T):
     "A value per row and group, as (T, groups, 16)."
     return pad(t, (0, 0, 0, T*_ROWS - len(t))).view(T, _ROWS, t.shape[1]).transpose(1, 2).contiguous()
@@ -178,7 +178,7 @@ def _stored(q, L):
         if width > 4: width, codes, at = 8, n[codes.int()], n.long()                           # store the integers themselves
         elif max(L.level) > 127: raise ValueError(f"grids that are looked up span at most 127 steps (got {max(L.level)}); dequantize and multiply in floats")
         else: width, table = 4, pad(n, (0, 16 - len(n)))
-    return codes, width, table, torch.zeros(2**width).index_put((at,), q.grid[0] - L.rest)
+    return codes, width, table, torch.zeros(2**width, dtype=torch.float32).index_put((at,), q.grid[0] - L.rest)
 
 def pack(
     q:LowBit, # codes of one width
@@ -197,7 +197,7 @@ def pack(
         z = _tiles(z.to(s.dtype), T)
     return Packed(_place(codes, width, q.group), _tiles(s, T), z, None if q.perm is None else q.perm.clone(), table, grid, q.shape, width, q.group, L.shift, L.offset, L.step)
 
-# %% ../../../nbs/kernels/rows16.ipynb #5ebaf941
+# %% ../../../nbs/kernels/rows16.ipynb #725695b4
 def _rows(p, i):
     "Rows i of a packed matrix, in torch."
     T, groups = i//_ROWS, p.scales.shape[1]
@@ -213,7 +213,7 @@ def _look_up(ids, packed):
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool: raise TypeError(f"rows are numbered by integers (got {ids.dtype})")
     i = ids.flatten().long().contiguous()
     if len(i) and not (0 <= int(i.min()) and int(i.max()) < m): raise IndexError(f"rows are numbered from 0 to {m - 1} (got {int(i.min())} to {int(i.max())})")
-    lib, out = native.load("rows16.cpp"), torch.empty(len(i), k)
+    lib, out = native.load("rows16.cpp"), torch.empty(len(i), k, dtype=torch.float32, device="cpu")
     if lib is None: out = _rows(packed, i)
     else: lib.rows(ctypes.byref(packed.struct), ctypes.c_void_p(i.data_ptr()), ctypes.c_int64(len(i)), ctypes.c_void_p(out.data_ptr()))
     return out.view(*ids.shape, k)

@@ -28,14 +28,14 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #f62dba19
+# %% ../../../nbs/kernels/state_steps.ipynb #e25254cc
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("expanded", _I)] + \
         [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "eps")] + [(n, _P) for n in ("decades", "curves", "powers", "planes", "borders", "steps", "shifts")]
 
 _decades = torch.cat([torch.nn.functional.pad(x, (0, 8 - len(x))) for s in (True, False) for x in (state_codes.Tree.D[s], state_codes.Tree.A[s], state_codes.Tree.borders[s])])
-_curves = torch.tensor([*state_codes._INV, *state_codes._LOG, *state_codes._SERIES, state_codes._RANGE])
+_curves = torch.tensor([*state_codes._INV, *state_codes._LOG, *state_codes._SERIES, state_codes._RANGE], dtype=torch.float32)
 _powers = torch.cat([state_codes.Expanded.E, state_codes.Expanded.M], 1)
 _planes = _powers.view(torch.uint8).view(-1, 2, 16, 4).mT.contiguous()
 _shifts = state_codes.Expanded.shift.to(torch.uint8)
@@ -124,7 +124,7 @@ def encode(
     _recode(lib, path, form, parts, x, signed, False)
     return parts
 
-# %% ../../../nbs/kernels/state_steps.ipynb #3e198d3b
+# %% ../../../nbs/kernels/state_steps.ipynb #cdba914c
 def decode(
     form, # format
     parts:tuple, # codes (R, ...), and for each block its scale, and power
@@ -133,6 +133,6 @@ def decode(
 )->Tensor: # (R, ...) float32
     "`form.decode` in one pass."
     if (lib := native.load("state_steps.cpp")) is None: return form.decode(*_flat(parts), signed).view(parts[0].shape)
-    x = torch.empty(parts[0].shape)
+    x = torch.empty(parts[0].shape, dtype=torch.float32, device="cpu")
     _recode(lib, path, form, parts, x, signed, True)
     return x

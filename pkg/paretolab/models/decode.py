@@ -60,7 +60,7 @@ def _together(parts):
         parts[n] = replace(parts[n], **new)                                     # what it was before is freed
     return parts
 
-# %% ../../../nbs/models/decode.ipynb #474bf935
+# %% ../../../nbs/models/decode.ipynb #a117c8ec
 class PackedLM(nn.Module):
     "A language model that runs from its low-bit tensors."
     def __init__(self,
@@ -73,7 +73,7 @@ class PackedLM(nn.Module):
                            **{x: parts[f"blocks.{i}.{x}.weight"] for x in ("norm1", "norm2")}}
         self.shape, self.blocks, self.embed, self.norm = s, [_Block(**block(i)) for i in range(s.layers)], parts["embed.weight"], parts["norm.weight"]
         self.head = self.embed if s.tied else parts["head.weight"]
-        angle = torch.outer(torch.arange(s.context), s.theta**(-torch.arange(0, s.head_dim, 2)/s.head_dim))
+        angle = torch.outer(torch.arange(s.context, dtype=torch.float32), s.theta**(-torch.arange(0, s.head_dim, 2, dtype=torch.float32)/s.head_dim))
         self.cos, self.sin = angle.cos(), angle.sin()                           # (context, d_h/2)
         self.nbytes = sum(p.nbytes for p in parts.values() if isinstance(p, Packed)) + 4*s.dim*(2*s.layers + 1) # exact, without the table of angles
         self._matrices = [p for p in parts.values() if isinstance(p, Packed)]
@@ -81,7 +81,7 @@ class PackedLM(nn.Module):
         self._native = _native(self)
     def _addresses(self):
         "Where everything lies that C++ reads."
-        return [t.data_ptr() for p in self._matrices for t in (p.data, p.scales)] + [n["weight"].data_ptr() for n in self._norms]
+        return [t.data_ptr() for p in self._matrices for t in (p.data, p.scales, p.zeros, p.perm, p.table, p.grid) if t is not None] + [n["weight"].data_ptr() for n in self._norms]
     def _apply(self, fn, recurse=True): raise TypeError("a packed model stays on the processor and in its own types, where C++ reads it; make it anew from other tensors")
     def __getstate__(self): return self.__dict__ | dict(_native=None)           # addresses are of this process and these tensors
     def __setstate__(self, state):
@@ -142,7 +142,7 @@ def _attention(s, q, k, v, table, remember):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True).transpose(1, 2).flatten(2).float()
 
-# %% ../../../nbs/models/decode.ipynb #35365a37
+# %% ../../../nbs/models/decode.ipynb #14f66428
 class _CBlock(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
 
@@ -165,9 +165,9 @@ def _native(model):
 
 def _fast(model, tokens, cache, last):
     "The forward in C++."
-    tokens, T, (f, path, c, _) = tokens.contiguous(), tokens.shape[1], model._native[:4]
+    tokens, T, (f, path, c, _) = tokens.resolve_neg().contiguous(), tokens.shape[1], model._native[:4]
     first = T - 1 if last else 0
-    z = torch.empty(1, T - first, model.shape.vocab)
+    z = torch.empty(1, T - first, model.shape.vocab, dtype=torch.float32, device="cpu")
     bad = f(ctypes.addressof(c), tokens.data_ptr(), T, cache.length, cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape[3], first, z.data_ptr(), torch.get_num_threads(), path)
     if bad >= 0: raise IndexError(f"tokens are numbers from 0 to {model.shape.vocab - 1} (got {int(tokens[0, bad])})")
     if bad == -2: raise MemoryError(f"no memory for the activations of {T} tokens; read the text in shorter pieces")

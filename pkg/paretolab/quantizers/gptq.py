@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['factor', 'solve', 'quantize', 'clipped', 'compress']
 
-# %% ../../../nbs/quantizers/gptq.ipynb #5c394f5f
-import copy, hashlib, json, torch
+# %% ../../../nbs/quantizers/gptq.ipynb #952984be
+import copy, ctypes, hashlib, json, torch
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from torch import nn, Tensor
+from ..kernels import native
 from . import grids, lowbit
 from .lowbit import LowBit, _expect, _matrix, _what
 
@@ -23,6 +24,12 @@ def _inverse(T):
     if n <= 256: return torch.linalg.solve_triangular(T, torch.eye(n, dtype=T.dtype), upper=True)
     A, D, h = _inverse(T[:n//2, :n//2]), _inverse(T[n//2:, n//2:]), n//2
     return torch.cat([torch.cat([A, -linear(linear(A, T[:h, h:].T), D.T)], 1), torch.cat([T.new_zeros(n - h, h), D], 1)])
+
+# %% ../../../nbs/quantizers/gptq.ipynb #022c709b
+def _times(X, T):
+    "X T for an upper triangle T, in strips of columns."
+    from paretolab.models.linear import linear
+    return torch.cat([linear(X[:, :i+384], T[:i+384, i:i+384].T) for i in range(0, len(T), 384)], 1)
 
 # %% ../../../nbs/quantizers/gptq.ipynb #d496a908
 def factor(
@@ -42,33 +49,46 @@ def factor(
         λ *= 10
     raise ValueError(f"H has no Cholesky factor, not even with {λ/10:g} times its mean diagonal added; it has to be symmetric and positive (smallest diagonal entry {H.diagonal().min():.3g})")
 
-# %% ../../../nbs/quantizers/gptq.ipynb #279051b6
+# %% ../../../nbs/quantizers/gptq.ipynb #6a38999d
 def _line(grid):
     "Distance and first of evenly spaced levels; 1 and 0 for others."
     step = grid.diff()
     return (step[0].item(), grid[0].item()) if len(grid) > 1 and (step == step[0]).all() else (1., 0.)
 
-def _round(grid):
-    "Function of x (R,), changed to codes, in units of the distance of evenly spaced levels from the first; and function from codes to those units."
-    n = len(grid) - 1
-    if _line(grid) != (1., 0.) or torch.equal(grid, torch.arange(n + 1.)): return lambda x: x.round_().clamp_(0, n), lambda c: c
+def _uneven(grid):
+    "Values in order, their codes and the borders between them, of a grid that is not evenly spaced; else nothing."
+    if _line(grid) != (1., 0.) or torch.equal(grid, torch.arange(len(grid) + 0.)): return None
     Q = grid.unique()
-    at, mids = (grid == Q[:, None]).int().argmax(1).float(), (Q[1:] + Q[:-1])/2
-    return lambda x: x.copy_(at[torch.bucketize(x, mids)]), lambda c: grid[c.long()]
+    return Q, (grid == Q[:, None]).int().argmax(1).float(), (Q[1:] + Q[:-1])/2
+
+def _in_turn(w, u, levels, grid):
+    "Codes and errors (B, R) of the columns `w` (B, R) of a block, which are changed; operation by operation."
+    codes, E, table = torch.empty_like(w), torch.empty_like(w), _uneven(grid)
+    for j, (Δ, m) in enumerate(levels):
+        x = (w[j] - m)/Δ
+        if table is None: codes[j] = v = x.round().clamp(0, len(grid) - 1)
+        else: Q, at, mids = table; k = torch.bucketize(x, mids); codes[j], v = at[k], Q[k]
+        E[j] = (w[j] - (m + v*Δ))/u[j, j]
+        w[j+1:] -= u[j, j+1:, None]*E[j]
+    return codes, E
+
+# %% ../../../nbs/quantizers/gptq.ipynb #94a1dbb4
+def _at_once(w, u, levels, grid):
+    "`_in_turn` in one pass, and without changing `w`; where there is no compiler, that itself."
+    if (lib := native.load("gptq.cpp")) is None: return _in_turn(w, u, levels, grid)
+    (B, R), u, codes, E, block = w.shape, u.contiguous(), torch.empty_like(w), torch.empty_like(w), w.new_empty(len(w), 16)
+    table, at = _uneven(grid), lambda t: ctypes.c_void_p(t.data_ptr())
+    rows = [(ctypes.c_void_p*B)(*(l[i].data_ptr() for l in levels)) for i in (0, 1)]
+    Q, code, mids = map(at, table) if table else (None, None, None)
+    lib.gptq(at(w), at(u), at(codes), at(E), at(block), *rows, *map(ctypes.c_int64, (B, R, len(table[2]) if table else len(grid) - 1)), mids, code, Q)
+    return codes, E
 
 def _columns(W, U, level, grid, B):
     "Codes (C, R) of the columns `W` (C, R), which is changed, and the squared error of each row."
-    codes, loss, (near, value) = torch.empty_like(W), torch.zeros(W.shape[1]), _round(grid)
+    codes, loss = torch.empty_like(W), torch.zeros(W.shape[1])
     for i in range(0, len(W), B):
-        w, u = W[i:i+B], U[i:i+B, i:i+B]
-        E, diagonal = torch.empty_like(w), u.diagonal().tolist()
-        for j in range(len(w)):
-            Δ, m = level(i + j)
-            c, e = codes[i+j], E[j]
-            near(torch.sub(w[j], m, out=c).div_(Δ))
-            torch.addcmul(m, value(c), Δ, out=e)                                  # ŵ
-            torch.sub(w[j], e, out=e).div_(diagonal[j])
-            if j+1 < len(w): w[j+1:].addr_(u[j, j+1:], e, alpha=-1)
+        w = W[i:i+B]
+        codes[i:i+B], E = _at_once(w, U[i:i+B, i:i+B], [level(j) for j in range(i, i + len(w))], grid)
         W[i+B:].addmm_(U[i:i+B, i+B:].T, E, alpha=-1)
         loss += E.square().sum(0)
     return codes, loss
@@ -76,7 +96,7 @@ def _columns(W, U, level, grid, B):
 # %% ../../../nbs/quantizers/gptq.ipynb #e22298bd
 def _start(bits): return {1: grids.sign, 1.58: grids.ternary, 2: grids.stretched}.get(bits, grids.symmetric) if type(bits) in (int, float) else grids.symmetric
 
-# %% ../../../nbs/quantizers/gptq.ipynb #21274fc5
+# %% ../../../nbs/quantizers/gptq.ipynb #09a048bd
 def solve(
     w:Tensor, # weights, (R, C)
     bits:float, # any width `start` has
@@ -86,7 +106,6 @@ def solve(
     static:bool=True, # levels from the original weights and groups of the matrix, so that no order is stored
 )->tuple[LowBit,dict]: # and a report: damping, error (in H, per row, mean), error of the nearest levels, rows that kept those
     "Choose codes by GPTQ on the levels of `start`."
-    from paretolab.models.linear import linear
     g, start = _matrix("gptq", w, group), start or _start(bits)
     if type(factors) is not tuple or len(factors) != 4: raise ValueError(f"the factors are what `factor` gives, (perm, T, U, λ) (got {_what(factors)})")
     perm, T, U, λ = factors
@@ -96,18 +115,18 @@ def solve(
     scales, zeros, W = q.scales.clone(), None if q.zeros is None else q.zeros.clone(), w[:, perm].T.contiguous()
     s, a = _line(q.grid[0])
     Δ = s*scales.T.float().clamp_min(2**-24).contiguous()                         # (C/g, R)
-    m = a/s*Δ if zeros is None else a/s*Δ + zeros.T.float()
+    m = a/s*Δ if zeros is None else a/s*Δ + zeros.T.float().contiguous()
     of = (perm//g if static else torch.arange(len(T))//g).tolist()
     def level(j):
         if not static and j % g == 0:
-            fresh, k = start(W[j:j+g].T, bits, 0), j//g
+            fresh, k = start(W[j:j+g].T, bits, g), j//g
             scales[:, k], Δ[k] = fresh.scales[:, 0], s*fresh.scales[:, 0].float().clamp_min(2**-24)
             m[k] = a/s*Δ[k]
             if zeros is not None: zeros[:, k] = fresh.zeros[:, 0]; m[k] += zeros[:, k]
         return views[of[j]]
     W0, views = W.T.clone(), [*zip(Δ, m)]
     codes, loss = _columns(W, U, level, q.grid[0], 64 if static else g)
-    nearest = linear(W0 - (q.dequantize()[:, perm] if static else q.dequantize()), T.T).square().sum(1)
+    nearest = _times(W0 - (q.dequantize()[:, perm] if static else q.dequantize()), T).square().sum(1)
     keep = nearest < loss
     codes, old = codes.T.to(torch.uint8)[:, perm.argsort() if static else slice(None)], keep[:, None]
     if not static: scales, zeros = torch.where(old, q.scales, scales), None if zeros is None else torch.where(old, q.zeros, zeros)
@@ -145,7 +164,7 @@ def clipped(
         codes = torch.where(better[..., None], (c + n).to(torch.uint8), codes)
     return LowBit.pack(codes.view(w.shape), Δ, q.grid[0], bits, group)
 
-# %% ../../../nbs/quantizers/gptq.ipynb #2b7319b8
+# %% ../../../nbs/quantizers/gptq.ipynb #44025bce
 class _Reached(Exception): "The layer that is watched has been called often enough."
 
 def _inputs(run, layer, calls):
@@ -163,7 +182,7 @@ def _inputs(run, layer, calls):
 def _mean_outer(xs):
     "XXᵀ/N of inputs (..., C)."
     from paretolab.models.linear import linear
-    C, N, B = xs[0].shape[-1], 0, 384
+    C, N, B = xs[0].shape[-1], 0, 128
     H = xs[0].new_zeros(C, C)
     for x in xs:
         X, N = x.reshape(-1, C).T.contiguous(), N + x.numel()//C
