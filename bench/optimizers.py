@@ -70,16 +70,20 @@ def seconds(f, times=3):
         taken.append(time.thread_time() - start)
     return min(taken)
 
-def hints(rounds=15):
-    "Time of Lion's pass with lines that are asked for once, of that with lines that are to be kept: one layer, and one matrix that a cache holds."
+def hints(times=5, rounds=5):
+    "Time of two passes with lines that are asked for once, of that with lines that are to be kept: a matrix that a cache holds, a layer, all. Tensors are made anew some times, because where they happen to lie counts."
     out, far = {}, steps._far
-    for part,shapes in (("layer", llama(1).values()), ("cached", [(512, 512)])):
-        W, G, M = ([torch.randn(s) for s in shapes] for _ in range(3)); taken = {True: [], False: []}
-        for _ in range(rounds):
-            for once,t in taken.items():
-                steps._far = lambda _: once
-                t.append(seconds(lambda: steps.lion(W, G, M, 1e-4, (.9, .99), 1.)))
-        out[part] = middle([a/b for a,b in zip(taken[True], taken[False])])
+    for part,shapes in (("cached", [(512, 512)]), ("layer", llama(1).values()), ("all", llama(8).values())):
+        ratios = {"Lion": [], "moving the weights": []}
+        for _ in range(times):
+            W, G, M = ([torch.randn(s) for s in shapes] for _ in range(3)); one = torch.tensor(1e-4)
+            passes = {"Lion": lambda: steps.lion(W, G, M, 1e-4, (.9, .99), 1.), "moving the weights": lambda: [steps.apply(w, g, one, 1.) for w,g in zip(W, G) if w.ndim == 2]}
+            for name,f in passes.items():
+                taken = {True: [], False: []}
+                for _ in range(rounds):
+                    for once,t in taken.items(): steps._far = lambda _: once; t.append(seconds(f))
+                ratios[name] += [a/b for a,b in zip(taken[True], taken[False])]
+        out[part] = {name: middle(x) for name,x in ratios.items()}
     steps._far = far
     return out
 
