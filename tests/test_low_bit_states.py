@@ -124,8 +124,8 @@ def test_a_step_is_that_of_torch(path, form, shape):
     for t in range(4):
         g = numbers(t, *shape)
         if shape[1] > 8: g[:,::3] = 0; g[0 if len(g) else slice(0),7] = math.nan if t == 2 else 1.
-        state_steps._adamw(form, A[0], g, *A[1:3], **NUMBERS, eps=1e-8); state_steps.adamw(form, B[0], g, *B[1:3], path=path, **NUMBERS, eps=1e-8)
-        state_steps._lion(form, A[3], g, A[4], **NUMBERS); state_steps.lion(form, B[3], g, B[4], path=path, **NUMBERS)
+        state_steps._adamw(form, A[0], g, *A[1:3], **NUMBERS, eps=1e-8); state_steps.adamw(form, B[:1], [g], B[1:2], B[2:3], path=path, **NUMBERS, eps=1e-8)
+        state_steps._lion(form, A[3], g, A[4], **NUMBERS); state_steps.lion(form, B[3:4], [g], B[4:], path=path, **NUMBERS)
     for a,b in zip(A, B): assert alike([a] if torch.is_tensor(a) else a, [b] if torch.is_tensor(b) else b)
 
 def test_threads_change_nothing(monkeypatch):
@@ -133,9 +133,20 @@ def test_threads_change_nothing(monkeypatch):
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         m, v, θ = FORMS[0].encode(torch.zeros(600, 300), True), FORMS[0].encode(torch.zeros(600, 300), False), w.clone()
-        for _ in range(2): state_steps.adamw(FORMS[0], θ, g, m, v, **NUMBERS, eps=1e-8)
+        for _ in range(2): state_steps.adamw(FORMS[0], [θ], [g], [m], [v], **NUMBERS, eps=1e-8)
         ends.append((θ, *m, *v))
     assert alike(*ends)
+
+@both
+def test_many_in_one_call_are_as_each_alone(form):
+    shapes, ends = [(7, 300), (1, 256), (0, 9), (5, 3, 20)], []
+    W, G = ([numbers(k, s[0], math.prod(s[1:])).view(s) for k,s in enumerate(shapes, d)] for d in (1, 9)); zeros = lambda signed: [form.encode(torch.zeros(s[0], math.prod(s[1:])), signed) for s in shapes]
+    for parts in ([slice(0, 4)], [slice(k, k + 1) for k in range(4)]):
+        w, w2, M, V, M2 = [x.clone() for x in W], [x.clone() for x in W], *([(c.view(s), *rest) for (c,*rest),s in zip(zeros(signed), shapes)] for signed in (True, False, True))
+        for k in parts: state_steps.adamw(form, w[k], G[k], M[k], V[k], **NUMBERS, eps=1e-8); state_steps.lion(form, w2[k], G[k], M2[k], **NUMBERS)
+        ends.append([*w, *w2, *(t for x in (*M, *V, *M2) for t in x)])
+    assert alike(*ends) and not torch.equal(ends[0][0], W[0])
+    with pytest.raises(ValueError, match="argument"): state_steps.lion(form, w, G[:3], M, **NUMBERS)
 
 # Optimizers: the contract
 
@@ -375,5 +386,5 @@ def test_other_types_never_reach_c():
     form = state_codes.Tree(); x = torch.randn(4, 64); m, v = form.encode(x, True), form.encode(x.abs(), False)
     numbers = dict(beta1=.9, fresh1=.1, beta2=.99, fresh2=.01, keep=1., step=.1, eps=1e-8)
     for w, g in ((x.half(), x), (x, x.double())):
-        with pytest.raises(TypeError, match="float32"): state_steps.adamw(form, w.clone(), g, m, v, **numbers)
+        with pytest.raises(TypeError, match="float32"): state_steps.adamw(form, [x.clone(), w.clone()], [x, g], [m, m], [v, v], **numbers)
     with pytest.raises(TypeError, match="float32"): state_steps.encode(form, x.half(), True)

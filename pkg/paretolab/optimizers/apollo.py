@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['APOLLO', 'Mini']
 
-# %% ../../../nbs/optimizers/apollo.ipynb #7c691e66
+# %% ../../../nbs/optimizers/apollo.ipynb #93a6ae1f
 import torch
 from functools import partial
 from fastcore.basics import patch
 from .adamw import adamw
+from .contract import Whole
 from ..kernels import steps
 from .lowrank import Layout, LowRank, Sparse, rank_of, total
 
-# %% ../../../nbs/optimizers/apollo.ipynb #b55df3d4
+# %% ../../../nbs/optimizers/apollo.ipynb #896e1321
 class APOLLO(LowRank):
     "Each channel of a matrix scaled by what AdamW does to a random projection of it."
     channels, growth, projection = True, 1.01, Sparse()
@@ -41,7 +42,7 @@ class APOLLO(LowRank):
     def update(self, g, named):
         if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
         names, left = {p: n for n,p in named}, []
-        for part in self.parts(g, list(names)): left += self._part(g, [(names[p], p) for p in part])
+        for part in self.batches(g, list(names), type(self.states) is Whole): left += self._part(g, [(names[p], p) for p in part])
         scales = [self._scale(g, *x) for x in left]
         sums = total([x[2] for x in left], [s[-1] for s in scales])
         for (_,p,layout,t),(s,_),x in zip(left, scales, sums): self._apply(g, p, layout, t, s, x)

@@ -121,7 +121,9 @@ class _Ledger:
             print(f"{n:<26} {str(shapes[n]):<12} {rule + ', not decayed'*(len(shapes[n]) != 2):<20} {_bytes(cls, rule, shapes[n], rank):>9,} bytes")
         return rules
 
-# %% ../../../nbs/optimizers/contract.ipynb #8b8fe5b5
+# %% ../../../nbs/optimizers/contract.ipynb #f8ee0ae3
+def _count(t): return torch.tensor(t, dtype=torch.float32, device="cpu")      # whatever torch's defaults are
+
 class _Work:
     "What a rule works on."
     def gradient(self, g, p):
@@ -134,16 +136,16 @@ class _Work:
         "The slots of a parameter's first step."
         if self.state[p]: return
         for k,z in zeros.items(): self.states.begin(self.state[p], k, z)
-        self.state[p]["step"] = torch.tensor(0.)
+        self.state[p]["step"] = _count(0)
     def ticks(self, params):
         "The number of this step of each, from 1."
-        held = [self.state[p] for p in params]
-        for s,t in zip(held, torch._foreach_add([s["step"] for s in held], 1)): s["step"] = t
-        return [int(s["step"]) for s in held]
+        counts = [int(self.state[p]["step"]) + 1 for p in params]
+        for p,t in zip(params, counts): self.state[p]["step"] = _count(t)
+        return counts
     def tick(self, p): return self.ticks([p])[0]
-    def parts(self, g, params):
+    def batches(self, g, params, kept=True): # can moments be worked on as they are kept?
         "All parameters of which nothing has to be copied together, the others one by one."
-        alike = lambda p: type(self.states) is Whole and p.dtype == working(p) and not g["maximize"]
+        alike = lambda p: kept and not g["maximize"] and p.dtype == working(p) and local(p).is_contiguous() and local(p.grad).is_contiguous()
         many, alone = [p for p in params if alike(p)], [[p] for p in params if not alike(p)]
         return [many, *alone] if many else alone
 

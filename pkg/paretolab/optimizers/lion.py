@@ -10,7 +10,7 @@ import torch
 from ..kernels import steps
 from .contract import Optimizer, working
 
-# %% ../../../nbs/optimizers/lion.ipynb #cd17f0ab
+# %% ../../../nbs/optimizers/lion.ipynb #6637195c
 class Lion(Optimizer):
     "The sign of an interpolated momentum, for every parameter."
     def __init__(self,
@@ -29,7 +29,7 @@ class Lion(Optimizer):
     def slots(rule, shape, rank=None): return dict(exp_avg=shape, step=())
 
     def update(self, group, named):
-        for part in self.parts(group, [p for _,p in named]): self._part(group, part)
+        for part in self.batches(group, [p for _,p in named]): self._part(group, part)
 
     def _part(self, group, params):
         (β1, β2), η, keep = group["betas"], group["lr"], 1 - group["lr"]*group["weight_decay"]
