@@ -192,6 +192,16 @@ def test_names_given_by_wrappers_do_not_matter(name):
         o.step()
     assert same(P, Q)
 
+@every
+def test_torch_s_defaults_change_nothing(name, request):
+    request.addfinalizer(lambda: (torch.set_default_dtype(torch.float32), torch.set_default_device("cpu"))); ends = []
+    for dtype,device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        P = start(); G = [{n: gradient(n, t) for n in P} for t in range(4)]
+        torch.set_default_dtype(dtype); torch.set_default_device(device)
+        train(P, o := make(name, P), 0, 4, lambda n, t: G[t][n]); ends.append([*P.values(), *(v for s in o.state.values() for v in s.values())])
+        torch.set_default_dtype(torch.float32); torch.set_default_device("cpu")
+    for other in ends[1:]: assert all(a.dtype == b.dtype and torch.equal(a, b) for a,b in zip(ends[0], other, strict=True))
+
 @pytest.mark.parametrize("name", LOWRANK)
 def test_a_transposed_matrix_is_treated_alike(name):
     P = {"q": torch.randn(9, 5, generator=rng(1)).double().requires_grad_()}; Q = {"q": P["q"].detach().mT.contiguous().requires_grad_()}

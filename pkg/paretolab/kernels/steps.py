@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from . import native
 
-# %% ../../../nbs/kernels/steps.ipynb #0233635a
+# %% ../../../nbs/kernels/steps.ipynb #c7cdf80f
 _types = dict(lion="iPPPPiffffff", sketch="piiippiipp", direction="piiippp", moments="pppiifffffpp", apply="ppiiiipf", apollo="pipiiffffff")
 _c = dict(p=ctypes.c_void_p, P=ctypes.c_void_p, i=ctypes.c_int64, f=ctypes.c_float)
 
 def _library(*tensors):
     "The compiled passes, if they can take these tensors."
     for t in tensors:
-        if t.dtype != torch.float32 or type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu": return None
+        if t.dtype != torch.float32 or type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu: return None
     return native.load("steps.cpp")
 
 def _call(lib, name, *args):
@@ -105,21 +105,25 @@ def apply(
     _call(lib, "apply", W, G, *(W.shape if tall else W.mT.shape), (1 if tall else 2) if step.ndim else 0, _far([W]), step, keep)
     return True
 
-# %% ../../../nbs/kernels/steps.ipynb #26476c80
+# %% ../../../nbs/kernels/steps.ipynb #43533d73
 class _Matrix(ctypes.Structure):
     _fields_ = [*((k, ctypes.c_void_p) for k in ("w", "g", "at", "sign", "p", "R", "M", "V", "norm")), *((k, ctypes.c_int64) for k in ("n", "m", "tall", "s", "r")), ("lr", ctypes.c_float), ("keep", ctypes.c_float)]
 
 def _fits(W, G, P, M, V, norm):
     "Refuse a projection or a state of another matrix."
-    n, m, r, columns = *G.shape, len(P), (P.at if isinstance(P, Sketch) else P).shape[1]
+    (n, m), (r, columns) = G.shape, (P.r, P.at.shape[1]) if isinstance(P, Sketch) else P.shape
     if not isinstance(P, Sketch) and P.dtype != torch.float32: raise TypeError(f"a projection is float32 (got {P.dtype})")
     if W.shape != G.shape or columns != m: raise ValueError(f"weights, gradient and projection have the same columns (got {tuple(W.shape)}, {tuple(G.shape)} and {columns})")
     if M.shape != (n, r) or V.shape != (n, r) or norm.numel() != 1: raise ValueError(f"both moments are {(n, r)} and the norm is one number (got {tuple(M.shape)}, {tuple(V.shape)} and {tuple(norm.shape)})")
 
 def _matrix(W, G, P, state, tall, rates, R):
     "What C++ has to know of a matrix, and the tensors that have to live as long; R is made already if the projection is dense."
-    at, sign, row = (None, None, _row(P)) if len(P) == 1 else (P.at, P.sign, None) if isinstance(P, Sketch) else (None, None, None)
-    return _Matrix(*(t if t is None else t.data_ptr() for t in (W, G, at, sign, row, R, *state)), *G.shape, tall, 0 if at is None else len(at), len(P), *rates), (P, row, R)
+    r, s, at, sign, row, (M, V, norm) = len(P), 0, None, None, None, state
+    if r == 1: row = _row(P); p = row.data_ptr()
+    else:
+        p = None
+        if isinstance(P, Sketch): s, at, sign = P.at.shape[0], P.at.data_ptr(), P.sign.data_ptr()
+    return _Matrix(W.data_ptr(), G.data_ptr(), at, sign, p, R.data_ptr(), M.data_ptr(), V.data_ptr(), norm.data_ptr(), *G.shape, tall, s, r, *rates), (P, row, R)
 
 # %% ../../../nbs/kernels/steps.ipynb #b435988e
 def apollo(

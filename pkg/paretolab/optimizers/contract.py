@@ -121,9 +121,10 @@ class _Ledger:
             print(f"{n:<26} {str(shapes[n]):<12} {rule + ', not decayed'*(len(shapes[n]) != 2):<20} {_bytes(cls, rule, shapes[n], rank):>9,} bytes")
         return rules
 
-# %% ../../../nbs/optimizers/contract.ipynb #f8ee0ae3
-def _count(t): return torch.tensor(t, dtype=torch.float32, device="cpu")      # whatever torch's defaults are
+# %% ../../../nbs/optimizers/contract.ipynb #91b752f6
+def _number(x): return torch.tensor(x, dtype=torch.float32, device="cpu")     # of the state, whatever torch's default type and device are
 
+# %% ../../../nbs/optimizers/contract.ipynb #24bdd23a
 class _Work:
     "What a rule works on."
     def gradient(self, g, p):
@@ -136,12 +137,12 @@ class _Work:
         "The slots of a parameter's first step."
         if self.state[p]: return
         for k,z in zeros.items(): self.states.begin(self.state[p], k, z)
-        self.state[p]["step"] = _count(0)
+        self.state[p]["step"] = _number(0)
     def ticks(self, params):
         "The number of this step of each, from 1."
-        counts = [int(self.state[p]["step"]) + 1 for p in params]
-        for p,t in zip(params, counts): self.state[p]["step"] = _count(t)
-        return counts
+        held = [self.state[p] for p in params]
+        for s,t in zip(held, torch._foreach_add([s["step"] for s in held], 1)): s["step"] = t      # new tensors: a saved state keeps the old ones
+        return [int(s["step"]) for s in held]
     def tick(self, p): return self.ticks([p])[0]
     def batches(self, g, params, kept=True): # can moments be worked on as they are kept?
         "All parameters of which nothing has to be copied together, the others one by one."
