@@ -153,20 +153,22 @@ def heads():
             print(found[-1], flush=True)
     return found
 
-def sitting():
-    "The 125M shape once more, in a process of its own: memory lies elsewhere, and an engine may be quicker or slower for as long as it lives."
-    rows = json.loads(subprocess.run([sys.executable, __file__, str(ROUNDS), "sitting"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])["rows"]
-    return dict(ratio=rows["same"]["ratio_to_peer"], tokens_per_s=rows["same"]["tokens_per_s"], peer_tokens_per_s=rows["Q4_0"]["tokens_per_s"])
+PEERS = {"1B": ("TQ2_0", "Q8_0"), "125M": ("Q4_0", "Q4_0")}         # the peer's formats of body and head
+
+def sitting(name):
+    "A shape once more, in a process of its own: memory lies elsewhere, and an engine may be quicker or slower for as long as it lives."
+    rows = json.loads(subprocess.run([sys.executable, __file__, str(ROUNDS), name], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])["rows"]
+    return dict(ratio=rows["same"]["ratio_to_peer"], tokens_per_s=rows["same"]["tokens_per_s"], peer_tokens_per_s=rows[PEERS[name][0]]["tokens_per_s"])
 
 llama_cpp.llama_log_set(quiet := llama_cpp.llama_log_callback(lambda *a: None), ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
-    small = lambda others: compare("125M", mobilellm("125M"), "Q4_0", "Q4_0", others, folder)
-    if sys.argv[2:] == ["sitting"]: raise SystemExit(print(json.dumps(small({}))))
-    shapes = [compare("1B", mobilellm("1B"), "TQ2_0", "Q8_0", {"head 4": ("TQ2_0", "Q4_0"), "head 2": ("TQ2_0", (2, 64)), "rows": ((2, 0), (8, 0)), "group 32": ((2, 32), "Q8_0"), "Q2_K": "Q2_K"}, folder),
-              small({"rows": ((4, 0), (4, 0)), "2 bits": ((2, 64), (4, 64))})]
-shapes[1]["sittings"] = [sitting() for _ in range(SITTINGS)]
+    both = lambda name, others: compare(name, mobilellm(name), *PEERS[name], others, folder)
+    if sys.argv[2:]: raise SystemExit(print(json.dumps(both(sys.argv[2], {}))))
+    shapes = [both("1B", {"head 4": ("TQ2_0", "Q4_0"), "head 2": ("TQ2_0", (2, 64)), "rows": ((2, 0), (8, 0)), "group 32": ((2, 32), "Q8_0"), "Q2_K": "Q2_K"}, folder),
+              both("125M", {"rows": ((4, 0), (4, 0)), "2 bits": ((2, 64), (4, 64))})]
+for s in shapes: s["sittings"] = [sitting(s["shape"]) for _ in range(SITTINGS)]
 cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
 result = dict(machine=platform.machine(), cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, llama_cpp_python=llama_cpp.__version__,
     system=llama_cpp.llama_print_system_info().decode(), prompt=PROMPT, new=NEW, rounds=ROUNDS, shapes=shapes, heads=heads())

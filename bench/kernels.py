@@ -26,12 +26,13 @@ def median(v): return sorted(v)[len(v)//2]
 
 # ---- an engine is (bytes of one matrix, number of copies, function that multiplies with each copy once)
 
-def ours(bits, group, m, k, M, path, cold):
+def ours(bits, group, m, k, M, path, cold, large=True):
     q = LowBit.pack(torch.randint(len(GRIDS[bits]), (m, k)), (torch.rand(m, k//(group or k)) + .5).half(), GRIDS[bits], bits, group)
     p, x, y = product.pack(q), torch.randn(M, k), torch.empty(M, m)
     assert torch.allclose(product._run(x[:1], p, path), product.naive(x[:1], q), atol=2e-3*k**.5)
     n = max(1, -(-cold//p.nbytes))
-    memory, at, copies = rows16._memory(n*(p.data.nbytes + p.scales.nbytes + 128)), 0, []                # one piece, as `models.decode` places a model
+    new = rows16._memory if large else lambda n: torch.zeros(n, dtype=torch.uint8)                       # pages of 2 MB, or those the system gives to all
+    memory, at, copies = new(n*(p.data.nbytes + p.scales.nbytes + 128)), 0, []                           # one piece, as `models.decode` places a model
     def place(t):
         nonlocal at
         at += -(-t.nbytes//64)*64
@@ -140,6 +141,7 @@ def compare(name, engines, lib, big, m, k, M):
     for _ in range(ROUNDS):
         reads.append(roofs(lib, big))
         for e, (_, n, run) in engines.items(): times[e].append(seconds(run)/n)
+    loops = [round(f(reads)/1e9, 2) for f in (median, min, max)]
     if M == 1: reads = [max(read, *(size/times[e][i] for e, (size, _, _) in engines.items())) for i, read in enumerate(reads)] # an engine may read faster than a plain loop
     table = {}
     for e, (size, n, _) in engines.items():
@@ -147,7 +149,7 @@ def compare(name, engines, lib, big, m, k, M):
         table[e] = dict(us=round(1e6*median(times[e]), 1), us_lowest=round(1e6*min(times[e]), 1), us_highest=round(1e6*max(times[e]), 1), bytes=size, copies=n, gb_per_s=round(size/median(times[e])/1e9, 2),
             gop_per_s=round(2*m*k*M/median(times[e])/1e9, 1), share_of_bound=round(median(share), 3), share_lowest=round(min(share), 3), share_highest=round(max(share), 3))
         print(f"{name:>16} {e:>24}: {table[e]['us']:9.1f} us {table[e]['gb_per_s']:6.2f} GB/s {100*table[e]['share_of_bound']:5.1f} % of the bound {table[e]['gop_per_s']:7.1f} GOP/s", flush=True)
-    return dict(m=m, k=k, M=M, read_gb_per_s=round(median(reads)/1e9, 2), engines=table), times
+    return dict(m=m, k=k, M=M, read_gb_per_s=round(median(reads)/1e9, 2), loops_gb_per_s=loops, engines=table), times
 
 def ratio(times, mine, theirs):
     "Against the peer with the lowest median: the best engine, not the luckiest one of each round."
@@ -166,6 +168,7 @@ def main():
     for m, k in SHAPES:
         engines = {}
         for bits, group in [(b, 0) for b in W] + [(2, 32), (3, 32), (4, 32), (4, 128)]: engines[f"ours {bits} {group or 'row'}"] = ours(bits, group, m, k, 1, best, COLD)
+        for bits in (2, 4): engines[f"ours {bits} row, pages of 4 KB"] = ours(bits, 0, m, k, 1, best, COLD, large=False)
         for kind in ("TQ2_0", "TQ1_0", "Q1_0", "Q2_K", "Q3_K", "Q8_0"): maybe(engines, f"ggml {kind}", ggml, kind, False, m, k, 1, COLD)
         for kind in ("Q4_0", "Q4_K"): maybe(engines, f"ggml {kind} repacked", ggml, kind, True, m, k, 1, COLD)
         for bits, group in ((2, 128), (4, 32), (4, 128)): maybe(engines, f"onnxruntime {bits} {group}", onnx, bits, group, m, k, 1, COLD)
@@ -174,7 +177,7 @@ def main():
         part, times = compare(f"{m}x{k}, 1 row", engines, lib, big, m, k, 1)
         result["gemv"].append(part)
         fours = ["ggml Q4_0 repacked", "onnxruntime 4 32", "onnxruntime 4 128"]
-        for mine, theirs in (("2 row", ["ggml TQ2_0"]), ("1.58 row", ["ggml TQ2_0"]), ("2 32", ["ggml TQ2_0"]), ("4 row", fours), ("4 32", fours[:2]), ("4 128", fours[2:]), ("3 row", ["ggml Q3_K"]), ("3 32", ["ggml Q3_K"]), ("1 row", ["ggml Q1_0"])):
+        for mine, theirs in (("2 row", ["ggml TQ2_0"]), ("2 row, pages of 4 KB", ["ggml TQ2_0"]), ("4 row, pages of 4 KB", fours), ("1.58 row", ["ggml TQ2_0"]), ("2 32", ["ggml TQ2_0"]), ("4 row", fours), ("4 32", fours[:2]), ("4 128", fours[2:]), ("3 row", ["ggml Q3_K"]), ("3 32", ["ggml Q3_K"]), ("1 row", ["ggml Q1_0"])):
             if theirs := [t for t in theirs if t in engines]: result["ratios"].append(dict(m=m, k=k, M=1) | ratio(times, f"ours {mine}", theirs))
         engines = {}
         for bits, group in ((2, 0), (4, 0), (2, 32), (4, 32), (8, 0)): engines[f"ours {bits} {group or 'row'}"] = ours(bits, group, m, k, 256, best, 0)
@@ -201,11 +204,11 @@ def main():
         result["packing"].append(dict(bits=bits, mb_per_s=round(q.nbytes/t/1e6), codes_per_s=round(5632*2048/t)))
     nothing, x = product.pack(LowBit.pack(torch.zeros(0, 2048, dtype=torch.int), torch.ones(0, 1).half(), GRIDS[2], 2)), torch.randn(1, 2048)
     result["round_activations_us"] = round(1e6*median([seconds(lambda: [product._run(x, nothing) for _ in range(100)])/100 for _ in range(9)]), 2)
-    run = "import time, os; from paretolab.kernels import native; t = time.perf_counter(); native.load('product.cpp'); c = os.times(); print(time.perf_counter() - t, c.children_user + c.children_system)"
+    run = "import sys, time, os; from paretolab.kernels import native; t = time.perf_counter(); [native.load(f + '.cpp') for f in sys.argv[1:]]; c = os.times(); print(time.perf_counter() - t, c.children_user + c.children_system)"
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
-        first, again = ([float(v) for v in subprocess.run([sys.executable, "-c", run], env=os.environ | dict(PARETOLAB_CACHE=folder), capture_output=True, text=True, check=True).stdout.split()] for _ in range(2))
-    result["compile"] = dict(cpu_s=round(first[1], 2), wall_s=round(first[0], 2), cached_s=round(again[0], 3))
+        first, again, three = ([float(v) for v in subprocess.run([sys.executable, "-c", run, *files], env=os.environ | dict(PARETOLAB_CACHE=folder), capture_output=True, text=True, check=True).stdout.split()] for files in (["product"], ["product"], ["rows16", "decode", "unpack"]))
+    result["compile"] = dict(cpu_s=round(first[1], 2), wall_s=round(first[0], 2), cached_s=round(again[0], 3), others_cpu_s=round(three[1], 2))
     def of(name):
         try: return version(name)
         except PackageNotFoundError: return None

@@ -144,7 +144,9 @@ def everything(module, device, name, exact=False):
             for case in TRANSFORMS: transform(module, device, *case, dtype)
     if name == "mxfp4": microscaled(module, device)
     if name == "states":
-        for case in STATES: lion(module, device, *case, exact)
+        for case in STATES:
+            if case[2] == torch.float8_e4m3fn and device == "cuda" and torch.cuda.get_device_capability() < (8, 9): continue    # Triton compiles no e4m3 there, and `states.cases` names no such target
+            lion(module, device, *case, exact)
         for case in TREES: tree_adamw(module, device, *case, exact)
     if name == "s2_attention":
         for case in ATTENTIONS: attention(module, device, *case)

@@ -6,6 +6,7 @@ from paretolab.data.stream import MixedStream
 from paretolab.engine import commits, fit as F
 from paretolab.engine.fit import fit
 from paretolab.engine.schedules import cosine, wsd
+from paretolab.engine.spikes import Spikes
 from paretolab.models.mobilellm import MobileLLM, Shape
 from paretolab.optimizers.contract import Optimizer
 from paretolab.optimizers.muon import Muon
@@ -192,6 +193,29 @@ def test_bad_steps_in_a_row_end_the_run_and_single_ones_do_not(tmp_path):
     assert commits.latest(tmp_path/"b"/"commits")[1]["counts"] == dict(step=12, skipped=7, row=7)
     m, s, o = make()
     with pytest.raises(FloatingPointError, match="the last at step 14 "): fit(m, s, o, cosine(30), [Poison(set(range(5, 30)), float("nan"), "gradient")], steps=30, run=tmp_path/"b", every=3)  # also over a resume
+
+class Tenfold:
+    "Losses of some steps, times a number."
+    def __init__(self, at, by): self.at, self.by, self.seen = at, by, []
+    def losses(self, step, model, tokens): self.seen.append(flat(model)); return F.losses(model, tokens)*(self.by if step in self.at else 1)
+
+def test_a_spike_costs_one_step_and_the_window_is_resumed(tmp_path):
+    runs = {}
+    for name, ends in (("whole", [16]), ("in parts", [9, 16])):
+        for end in ends: fit(*(made := make()), cosine(16), [Spikes(8), tenfold := Tenfold({12}, 10)], steps=end, run=tmp_path/name, every=3)
+        runs[name] = digest(made[0]), log(tmp_path/name)
+        assert [r["skipped"] for r in log(tmp_path/name)] == [0]*12 + [1]*4
+    assert runs["whole"] == runs["in parts"]
+    still = [torch.equal(a, b) for a, b in zip(tenfold.seen, tenfold.seen[1:])]
+    assert [9 + i for i, same in enumerate(still) if same] == [12]
+
+def test_a_bad_number_does_not_blind_the_watch_for_spikes(tmp_path):
+    records = fit(*make(), cosine(16), [spikes := Spikes(8), Tenfold({10}, math.nan)], steps=16, run=tmp_path)
+    assert [r["skipped"] for r in records] == [0]*10 + [1]*6 and all(map(math.isfinite, spikes.state_dict()))
+
+def test_losses_that_rise_for_good_are_taken_again(tmp_path):
+    records = fit(*make(), cosine(30), [Spikes(4), Tenfold(set(range(10, 30)), 10)], steps=30, run=tmp_path)
+    assert 1 <= records[-1]["skipped"] <= 2 and records[-1]["skipped"] == records[15]["skipped"]
 
 # Hooks, parts, schedules
 

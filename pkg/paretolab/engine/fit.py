@@ -154,7 +154,7 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #3451c99b
+# %% ../../../nbs/engine/fit.ipynb #37f2a4da
 def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     tokens, δ = next(stream); p = stream.weights
@@ -166,7 +166,7 @@ def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     ℓ = team.gather(_gradient(team, team.share(tokens), accumulate, team.share(a), own if whole is None else lambda model, x: whole))
     λ, params = _by_domain(ℓ, δ, stream.domains), [p for g in optimizer.param_groups for p in g["params"]]
     size = lambda: _whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])).item()
-    if good := bool(ℓ.isfinite().all()): _call(hooks, "on_losses", step, λ)
+    if good := bool(ℓ.isfinite().all()) and all([h.accepts(step, ℓ.mean().item()) for h in hooks if hasattr(h, "accepts")]): _call(hooks, "on_losses", step, λ)
     if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, team.whole)
     norm = team.gather(_whole(nn.utils.clip_grad_norm_(params, clip)).double().view(1)).max().item()     # NaN if it is anywhere: all decide alike
     if good := good and math.isfinite(norm): optimizer.step()
@@ -227,20 +227,20 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts
 
-# %% ../../../nbs/engine/fit.ipynb #bbb330b1
+# %% ../../../nbs/engine/fit.ipynb #0891bebb
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
     stream, # a `MixedStream`, the same on all processes
     optimizer:torch.optim.Optimizer, # its learning rates are the unit of the schedule
     schedule, # step -> multiplier of the learning rates
-    hooks=(), # objects with any of losses(step, model, tokens) -> (B,), loss_weights(step, tokens, domain) -> {domain: weight} or None, on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
+    hooks=(), # objects with any of losses(step, model, tokens) -> (B,), loss_weights(step, tokens, domain) -> {domain: weight} or None, accepts(step, loss) -> bool, on_losses(step, per_domain), on_gradients(step, model), on_step(step, record), on_commit(step), log(record, step), state_dict(), load_state_dict(state)
     *,
     steps:int, # steps in all, those before a resume included
     run:str|Path, # folder of the run, with log.jsonl and commits/; a run found in it is resumed
     every:int=0, # steps between commits; 0 commits at the end only
     accumulate:int=1, # parts a batch is computed in
     clip:float=1.0, # largest norm of the gradient
-    patience:int=10, # non-finite steps in a row that end the run
+    patience:int=10, # steps in a row that are not taken and end the run
     background:bool=False, # write commits while training goes on, from a copy of the state
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
@@ -256,7 +256,7 @@ def fit(
             records.append(record := {**record, "lr": η*optimizer.param_groups[0]["lr"], "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
             log.write(_line(record)); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             _call(hooks, "on_step", step, record); _call(hooks if team.rank == 0 else (), "log", record, step)
-            if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
+            if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, or that a hook refused, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
                 _check_finite(team, step, record); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
     return records

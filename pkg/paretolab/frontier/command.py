@@ -83,14 +83,14 @@ def _mix(s, a, globs):
     for d,p in sorted(found["weights"].items(), key=lambda kv: -kv[1]): print(f"{d:16} {p:.3f}")
     print(f"the mixture is in {s.out}/mix/mixture.json")
 
-# %% ../../../nbs/frontier/command.ipynb #801f3c51
+# %% ../../../nbs/frontier/command.ipynb #8be438cb
 def _generate(a):
     "Write text to the terminal as it comes; the exit code."
     import json, os, torch
     from pathlib import Path
     from tokenizers import Tokenizer
     from paretolab.models import decode, hf
-    if a.threads < 0: raise ValueError(f"a number of threads is at least 1, or 0 for one for each processor (got {a.threads})")
+    if not 0 <= a.threads <= 1024: raise ValueError(f"a number of threads is from 1 to 1024, or 0 for one for each processor (got {a.threads})")
     if a.threads: torch.set_num_threads(a.threads)
     try:
         folder = hf.shipped() if a.model == "shipped" else Path(a.model)

@@ -46,12 +46,13 @@ def _normal(seed, i):
     c = ((((c*z + 2.48015873015873e-05)*z - 0.001388888888888889)*z + 0.041666666666666664)*z - 0.5)*z + 1.0
     return -tl.sqrt(-2.0*tl.log(tl.maximum(u1, 1e-7)))*c
 
-# %% ../../../nbs/kernels/apollo_step.ipynb #24971b8c
+# %% ../../../nbs/kernels/apollo_step.ipynb #0fbc4440
 def _check(w, g, M, V, norm, step, seed):
     m, n = sorted(w.shape) if w.ndim == 2 else (0, 0)
     if w.shape != g.shape or w.ndim != 2: raise ValueError(f"weights and gradients are matrices of one shape (got {tuple(w.shape)} and {tuple(g.shape)})")
     if not (M.shape == V.shape and M.ndim == 2 and M.shape[1] == n and 1 <= M.shape[0] <= min(m, 256)): raise ValueError(f"moments are (r, {n}), r at most {min(m, 256)} (got {tuple(M.shape)} and {tuple(V.shape)})")
     if M.dtype != torch.float32 or V.dtype != torch.float32 or norm.dtype != torch.float32 or norm.shape != (1,): raise ValueError(f"moments and the norm, of shape (1,), are float32 (got {M.dtype}, {V.dtype} and {norm.dtype} of shape {tuple(norm.shape)})")
+    if len(M)*m >= 2**31: raise ValueError(f"the projection has fewer than 2^31 numbers, since they are counted in 32 bits (got {len(M)} times {m}); take a smaller rank")
     if step < 1 or seed < 0: raise ValueError(f"steps count from 1 and a seed is not negative (got {step=}, {seed=})")
 
 def _limit(G̃norm, norm, γ):
@@ -145,13 +146,13 @@ def fast(
     scale = lr*α*_limit((s*s*sums[2]).sum().sqrt()[None], norm, γ)*s
     _update[(triton.cdiv(m, 64), triton.cdiv(n, 64))](w, g, scale, m, n, *strides, 1 - lr*decay, BM=64, BN=64)
 
-# %% ../../../nbs/kernels/apollo_step.ipynb #35f9cdb2
+# %% ../../../nbs/kernels/apollo_step.ipynb #8070d7b6
 _types = dict(to_row="i32", to_column="i32", m="i32", n="i32")
 _scalars = dict.fromkeys(("factor", "β1", "fresh1", "β2", "fresh2", "unbias1", "unbias2", "eps"), "fp32")
 
-def _case(r, kind):
+def _case(r, kind, tall=False):
     tiles = _tiles(r)
-    return Case(f"rank {r}, {kind[1:]}", _project, dict(g=kind, M="*fp32", V="*fp32", sums="*fp32", seed="i32", r="i32") | _types | _scalars,
-        {k: v for k, v in tiles.items() if not k.startswith("num_")} | dict(PARTS=1 if kind == "*bf16" else 3), dot=True, num_warps=tiles["num_warps"], num_stages=2, aligned=("m", "n", "to_row"))
+    return Case(f"rank {r}, {kind[1:]}{', tall' if tall else ''}", _project, dict(g=kind, M="*fp32", V="*fp32", sums="*fp32", seed="i32", r="i32") | _types | _scalars,
+        {k: v for k, v in tiles.items() if not k.startswith("num_")} | dict(PARTS=1 if kind == "*bf16" else 3), dot=True, num_warps=tiles["num_warps"], num_stages=2, aligned=("m", "n", "to_column" if tall else "to_row"))
 
-cases = [_case(r, k) for r in (1, 64, 128, 256) for k in ("*bf16", "*fp32")] + [Case(k[1:], _update, dict(w=k, g=k, scale="*fp32", keep="fp32") | _types, dict(BM=64, BN=64), aligned=("m", "n", "to_row")) for k in ("*bf16", "*fp32")]
+cases = [_case(r, k) for r in (1, 32, 64, 128, 256) for k in ("*bf16", "*fp16", "*fp32")] + [_case(128, k, True) for k in ("*bf16", "*fp32")] + [Case(k[1:], _update, dict(w=k, g=k, scale="*fp32", keep="fp32") | _types, dict(BM=64, BN=64), aligned=("m", "n", "to_row")) for k in ("*bf16", "*fp16", "*fp32")]

@@ -91,12 +91,12 @@ def _gradient(dy, w, grid, scales, zeros, dx, M, N, C, units, row, Q0, δ, U: tl
         acc = tl.dot(a, v.to(a.dtype), acc, input_precision="ieee")
     tl.store(dx + m[:, None].to(tl.int64)*C + j[None, :], acc.to(dx.dtype.element_ty), mask=(m[:, None] < M) & (j < C)[None, :])
 
-# %% ../../../nbs/kernels/dequant.ipynb #89713d89
-def _tiles(bits, M, full=False):
-    "Rows, columns, units of a tile, warps and stages: for decoding up to 16 rows, and for prefill."
+# %% ../../../nbs/kernels/dequant.ipynb #fb83b538
+def _tiles(bits, M, full=False, heavy=False):
+    "Rows, columns, units of a tile, warps and stages: for decoding up to 16 rows, and for prefill; `heavy`: zeros or scales in codes, which take registers of their own."
     U, P = _unit[bits]
     if full: return dict(BM=16 if M <= 16 else 32, BN=32, BU=16, num_warps=4, num_stages=2)
-    return dict(BM=16 if M <= 16 else 64, BN=64, BU=16 if U > 4 or P > 1 else 32 if U > 1 else 64, num_warps=4, num_stages=2)
+    return dict(BM=16 if M <= 16 else 64, BN=64, BU=16 if U > 4 or P > 1 else (32 if U > 1 else 64)//(2 if heavy else 1), num_warps=4, num_stages=2)
 
 _kinds = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
@@ -106,7 +106,7 @@ def _arguments(x, C, packed, grid, scales, zeros, bits, group):
     δ = float(grid[1] - grid[0]) if len(grid) > 1 else 0.0
     even = torch.equal(grid, grid[0] + δ*torch.arange(len(grid), device=grid.device))
     tensors = packed.contiguous(), grid, (scales.view(torch.uint8) if kind != "float" else scales).contiguous(), grid if zeros is None else zeros.contiguous()
-    return tensors, (M, N, C, -(-C//U), row, float(grid[0]), δ), dict(U=U, P=P, BITS=bits, LEVELS=len(grid), GROUP=group, EVEN=even, ZEROS=zeros is not None, KIND=kind, **_tiles(bits, M, x.dtype == torch.float32))
+    return tensors, (M, N, C, -(-C//U), row, float(grid[0]), δ), dict(U=U, P=P, BITS=bits, LEVELS=len(grid), GROUP=group, EVEN=even, ZEROS=zeros is not None, KIND=kind, **_tiles(bits, M, x.dtype == torch.float32, zeros is not None or kind != "float"))
 
 def _run(x, packed, grid, scales, zeros, bits, group):
     "One width: (M, C) activations, whole rows of codes."
@@ -155,9 +155,9 @@ def fast(
     ready(x)
     return _Function.apply(x, q) if 0 not in (*x.shape, q.shape[0]) else x.sum()*0 + x.new_zeros(len(x), q.shape[0])
 
-# %% ../../../nbs/kernels/dequant.ipynb #feea122e
+# %% ../../../nbs/kernels/dequant.ipynb #afeed0dd
 def _case(bits, variant, M, back=False, x="bf16"):
-    t, tiles = dict(zip(("dy" if back else "x", "w", "grid", "scales", "zeros", "dx" if back else "y"), (f"*{x}", "*u8", "*fp32", "*fp16", "*fp16", "*fp32"))), _tiles(bits, M, x == "fp32")
+    t, tiles = dict(zip(("dy" if back else "x", "w", "grid", "scales", "zeros", "dx" if back else "y"), (f"*{x}", "*u8", "*fp32", "*fp16", "*fp16", "*fp32"))), _tiles(bits, M, x == "fp32", variant in ("e8m0", "e4m3", "zeros"))
     if variant in ("e8m0", "e4m3"): t["scales"] = "*u8"
     U, P = _unit[bits]
     fixed = dict(U=U, P=P, BITS=bits, LEVELS=3 if bits == 1.58 else 2**bits, GROUP=0 if variant == "row" else 128, EVEN=variant != "table",
@@ -165,6 +165,6 @@ def _case(bits, variant, M, back=False, x="bf16"):
     return Case(f"{bits:g} bits, {variant}, {'decode' if M == 1 else 'prefill'}{'' if x == 'bf16' else ', ' + x}", _gradient if back else _product, t | dict.fromkeys(("M", "N", "C", "units", "row"), "i32") | dict.fromkeys(("Q0", "δ"), "fp32"),
         fixed, dot=x != "fp32", num_warps=4, num_stages=2, aligned=("N", "C", "units", "row"))
 
-cases = [_case(b, v, M) for b in _unit for v in ("row", "group", "table") for M in (1, 256)] + [_case(4, v, M) for v in ("e8m0", "e4m3", "zeros") for M in (1, 256)]
-cases += [_case(b, "group", 256, True) for b in _unit] + [_case(4, v, 256, True) for v in ("table", "e8m0", "e4m3", "zeros")]
+cases = [_case(b, v, M) for b in _unit for v in ("row", "group", "table", "e8m0", "e4m3", "zeros") for M in (1, 256)]
+cases += [_case(b, v, 256, True) for b in _unit for v in ("group", "table", "e8m0", "e4m3", "zeros")]
 cases += [_case(b, v, M, back, x) for x in ("fp16", "fp32") for b in _unit for v, M, back in (("group", 1, False), ("group", 256, False), ("table", 256, False), ("group", 256, True))]

@@ -98,11 +98,11 @@ def fast(
     ready(x)
     return _Transform.apply(x, n)
 
-# %% ../../../nbs/kernels/hadamard.ipynb #a6a18a48
+# %% ../../../nbs/kernels/hadamard.ipynb #70d8d371
 def _case(n, dtype):
     (first, mid), (a, b) = _parts[dtype], _factors(n)
     kind, name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype], f"{n}, {str(dtype)[6:]}"
     if n <= 128: return Case(name, _one, dict(x=kind, y=kind, R="i32", scale="fp32"), dict(n=n, BM=_rows(n), PARTS=first), dot=True)
     return Case(name, _two, dict(x=kind, y=kind, scale="fp32"), dict(a=a, b=b, PARTS=first, MID=mid), dot=True)
 
-cases = [_case(n, t) for n in (16, 64, 128, 256, 1024, 4096) for t in (torch.bfloat16, torch.float32)]
+cases = [_case(n, t) for n in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096) for t in _parts]

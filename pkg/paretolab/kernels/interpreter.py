@@ -29,7 +29,7 @@ def widen(
     codes = np.array(codes, order="C")
     return torch.from_numpy(codes.view(f"i{codes.itemsize}")).view(_coded[ty]).float().numpy()
 
-# %% ../../../nbs/kernels/interpreter.ipynb #606c6ce1
+# %% ../../../nbs/kernels/interpreter.ipynb #3ab5884c
 def _to_odd(x):
     "float64 to float32, so that a later rounding to fewer bits is as if it were the only one."
     y = x.astype(np.float32)
@@ -47,7 +47,9 @@ def narrow(
     top = torch.finfo(_floats[ty]).max
     y = (x.clamp(-top, top) if ty.is_fp8() else x).to(_floats[ty])
     c = y.view(getattr(torch, f"int{8*y.itemsize}"))
-    if toward_zero: c = c - (y.double().abs() > x.double().abs()).to(c.dtype)
+    if toward_zero:
+        c = c - (y.double().abs() > x.double().abs()).to(c.dtype)
+        if ty in (tl.float8e4b8, tl.float8e5b16): c = torch.where((c == -128) & ~x.isnan(), 0, c)   # these have one zero; what would be the other is their NaN
     return c.numpy().view(base._get_np_dtype(ty))
 
 # %% ../../../nbs/kernels/interpreter.ipynb #880946bb

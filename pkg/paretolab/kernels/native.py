@@ -31,13 +31,14 @@ def cpu()->str: # words separated by blanks
     lines = re.findall(r"^(?:flags|Features|model name)\s*:\s*(.*)$", text, re.M)
     return " ".join([platform.system(), platform.machine(), *sorted(set(" ".join(lines).split()))])
 
-# %% ../../../nbs/kernels/native.ipynb #ebf48ecd
+# %% ../../../nbs/kernels/native.ipynb #fdade783
 def find(
     folder:Path, # the cache
     stem:str, # name and key, `unpack-0123456789abcdef`
 )->Path|None: # a compiled file whose content is what its name says
     "Find a build in the cache, and remove the damaged ones."
     for file in sorted(folder.glob(f"{stem}-*.so")):
+        if file.is_dir(): raise RuntimeError(f"the cache of compiled kernels has a folder in place of a file: {str(file)!r}; remove it")
         try: d = hashlib.sha256(file.read_bytes()).hexdigest()
         except FileNotFoundError: continue              # another process removed it first
         if d == file.stem.rpartition("-")[2]: return file
@@ -61,15 +62,16 @@ def build(
         if done.returncode: raise RuntimeError(f"{f[0]} could not compile {source.name}; set CXX to another compiler, or to nothing to do without: {done.stderr.strip()}")
         return made.rename(folder/f"{stem}-{hashlib.sha256(made.read_bytes()).hexdigest()}.so")
 
-# %% ../../../nbs/kernels/native.ipynb #0d5156ad
+# %% ../../../nbs/kernels/native.ipynb #194c650c
 @functools.cache
 def _compiler(name):
     "Its path and arguments, or None and one warning."
-    words = shlex.split(name)                           # "ccache g++" is a compiler too
+    try: words = shlex.split(name)                      # "ccache g++" is a compiler too
+    except ValueError as e: raise ValueError(f"CXX is a compiler and its arguments, quoted as a shell wants them (got {name!r}: {e})") from None
     if words and (path := shutil.which(words[0])): return path, *words[1:]
     warnings.warn(f"no C++ compiler ({name!r} is not on the path), so the compiled kernels run as their torch definitions, which are slower" if words else "no C++ compiler, since CXX is set to nothing, so the compiled kernels run as their torch definitions, which are slower", stacklevel=3)
 
-# %% ../../../nbs/kernels/native.ipynb #407b2f78
+# %% ../../../nbs/kernels/native.ipynb #82cc78ed
 @functools.cache
 def load(
     source:str|Path, # a file of kernels/csrc, or a path of your own
@@ -79,6 +81,6 @@ def load(
     if not source.is_file(): raise FileNotFoundError(f"there is no C++ file {str(source)!r}; its page is exported by `make export`")
     if not (compiler := _compiler(os.environ.get("CXX", "g++"))): return None
     f = *compiler, *_flags
-    folder = Path(os.environ.get("PARETOLAB_CACHE", Path.home()/".cache"/"paretolab"/"kernels"))
+    folder = Path(os.environ.get("PARETOLAB_CACHE") or Path.home()/".cache"/"paretolab"/"kernels")
     stem = f"{source.stem}-{key(source.read_bytes(), f, cpu())}"
     return ctypes.CDLL(str(find(folder, stem) or build(source, folder, stem, f)))

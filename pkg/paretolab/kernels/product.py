@@ -63,7 +63,7 @@ def _run(x, packed, path=None, threads=None):
         torch.get_num_threads() if threads is None else threads, lib.best_path() if path is None else path): raise MemoryError(f"no memory for the rounded activations of {M} rows; multiply fewer rows at a time")
     return y
 
-# %% ../../../nbs/kernels/product.ipynb #3243bedc
+# %% ../../../nbs/kernels/product.ipynb #ac4c753b
 @torch.library.custom_op("paretolab::product", mutates_args=())
 def _product(x:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
     return _run(x, _of_parts(data, scales, zeros, perm, table, grid, numbers, step))
@@ -77,20 +77,26 @@ def _remember(ctx, inputs, output):
 
 def _backward(ctx, dy): return _back(dy, *ctx.saved_tensors, ctx.numbers, ctx.step), *[None]*8
 
+def _matrix(parts, numbers, step): return rows(_of_parts(*parts, numbers, step), torch.arange(numbers[0]))
+
 @torch.library.custom_op("paretolab::product_back", mutates_args=())
 def _back(dy:Tensor, data:Tensor, scales:Tensor, zeros:Tensor|None, perm:Tensor|None, table:Tensor|None, grid:Tensor, numbers:list[int], step:float)->Tensor:
-    return dy @ rows(_of_parts(data, scales, zeros, perm, table, grid, numbers, step), torch.arange(numbers[0]))
+    return dy @ _matrix((data, scales, zeros, perm, table, grid), numbers, step)
 
 @_back.register_fake
 def _(dy, data, scales, zeros, perm, table, grid, numbers, step): return dy.new_empty(*dy.shape[:-1], numbers[1])
 
 _product.register_autograd(_backward, setup_context=_remember)
+_back.register_autograd(lambda ctx, ddx: (ddx @ _matrix(ctx.saved_tensors, ctx.numbers, ctx.step).t(), *[None]*8), setup_context=_remember)
 
-# %% ../../../nbs/kernels/product.ipynb #00ebfb8b
+# %% ../../../nbs/kernels/product.ipynb #31084ef6
 @_product.register_vmap
 def _(info, places, x, *parts):
     if any(p is not None for p in places[1:7]): raise ValueError("one product has one matrix: vmap goes over activations only")
     return _product(x.movedim(places[0], 0), *parts), 0
+
+@_back.register_vmap
+def _(info, places, dy, *parts): return _back(dy.movedim(places[0], 0), *parts), 0
 
 def fast(
     x:Tensor, # activations, (..., k) float32
@@ -98,6 +104,6 @@ def fast(
 )->Tensor: # (..., m) float32
     "The product from the packing, with exact integers and torch's number of threads."
     if not isinstance(packed, Packed): raise TypeError(f"the weights are what `pack` makes of a low-bit tensor (got {type(packed).__name__})")
-    if forward_ad._current_level >= 0: raise NotImplementedError("this product has a gradient, but no derivative in forward mode; use torch.autograd.grad")
+    if forward_ad._current_level >= 0 or not torch.compiler.is_compiling() and isinstance(x, Tensor) and torch._C._functorch.is_gradtrackingtensor(x): raise NotImplementedError("this product has a gradient, but no derivative in forward mode or through torch.func, as torch's operators of others have none; use torch.autograd.grad")
     _check(x, packed.shape[1])
     return _product(x, *packed.parts) if _watched(x) else _run(x, packed)

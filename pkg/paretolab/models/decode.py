@@ -174,7 +174,7 @@ def _fast(model, tokens, cache, last):
     cache.length += T
     return z
 
-# %% ../../../nbs/models/decode.ipynb #c7bf9b79
+# %% ../../../nbs/models/decode.ipynb #f459e2a2
 def load(
     folder:str|Path, # holds config.json and either lowbit.safetensors or 16-bit safetensors
     bits:float|None=None, # of linear layers that are saved in 16 bits; None: 8
@@ -188,8 +188,8 @@ def load(
     if file.exists():
         if bits is not None: raise ValueError(f"the weights in {folder} have their widths already, so none can be chosen (got {bits=})")
         return PackedLM(hf.shape(folder), lowbit.load(file)[0])
-    for what, b in (("linear layers", bits), ("an embedding", embed_bits)):
-        if b is not None and b not in (2, 3, 4, 6, 8): raise ValueError(f"{what} of 16 bits are rounded to 2, 3, 4, 6 or 8 bits here (got {b:g}); fewer have to be trained, as in quantizers.paretoq")
+    for what, b in (("the linear layers", bits), ("the embedding", embed_bits)):
+        if b is not None and b not in (2, 3, 4, 6, 8): raise ValueError(f"weights of 16 bits are rounded to 2, 3, 4, 6 or 8 bits here (got {b:g} for {what}); fewer have to be trained, as in quantizers.paretoq")
     model = hf.load(folder)
     return PackedLM(model.shape, plan.compress(model, plan.uniform(model, 8 if bits is None else bits, group, embed_bits=embed_bits)))
 
@@ -207,7 +207,7 @@ def stream(
         if piece := decoder.step(tok, i): sent += len(piece); yield piece
     if rest := tok.decode(all_ids)[sent:]: yield rest
 
-# %% ../../../nbs/models/decode.ipynb #767df835
+# %% ../../../nbs/models/decode.ipynb #81d8a403
 def write(
     model:PackedLM,
     tok, # its `tokenizers.Tokenizer`
@@ -220,9 +220,11 @@ def write(
 )->Iterator: # pieces of text
     "Continue a prompt, piece by piece."
     from paretolab.models.generate import Cache, sample
+    if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt): raise ValueError(f"a prompt is text in UTF-8 (got {prompt!r:.80}, in which some bytes are none)")
     ids, s = tok.encode(prompt, add_special_tokens=False).ids, model.shape
     if not ids: raise ValueError(f"a prompt has at least one token (got {prompt!r:.80})")
     if new < 0: raise ValueError(f"the number of tokens to write is not negative (got {new})")
+    if not -2**63 <= seed < 2**63: raise ValueError(f"a seed is a whole number of 64 bits, from -2^63 to 2^63 - 1 (got {seed})")
     if len(ids) + new > s.context: raise ValueError(f"the model was made for texts of at most {s.context} tokens (got a prompt of {len(ids)} and {new} new ones); shorten one of them")
     if max(ids) >= s.vocab: raise ValueError(f"the tokenizer knows more entries than the model's {s.vocab} (got token {max(ids)}); take the model's own")
     g = torch.Generator().manual_seed(seed)

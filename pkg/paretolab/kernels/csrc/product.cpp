@@ -280,14 +280,14 @@ static inline void store8(const Packed& p, int64_t row, __m256 f, float s, float
     _mm256_maskstore_ps(y + row, keep, f);
 }
 
-// Sums of 16 bits of half a line: how many planes share one, and how many blocks they hold without overflow
-template <int w> struct Sums2 { static constexpr int n = w == 1 || w == 8 ? 2 : 1, blocks = w == 1 ? 16 : w == 2 ? 5 : 1; __m256i of[2][n]; };
-template <> struct Sums2<0> { static constexpr int blocks = 16; };
+// Sums of 16 bits of half a line: `n` of them take the planes in turn, where they stand, so that only every n-th has to be shifted; how many blocks they hold without overflow
+template <int w, bool alone> struct Sums2 { static constexpr int n = w == 1 ? (alone ? 4 : 2) : w == 8 ? 2 : 1, blocks = w == 1 ? (alone ? 8 : 16) : w == 2 ? 5 : 1; __m256i of[2][n]; };
+template <bool alone> struct Sums2<0, alone> { static constexpr int blocks = 16; };
 
-template <int w> static inline void clear2(Sums2<w>& s) { if constexpr (w) for (auto& half : s.of) for (auto& v : half) v = _mm256_setzero_si256(); }
+template <int w, bool alone> static inline void clear2(Sums2<w, alone>& s) { if constexpr (w) for (auto& half : s.of) for (auto& v : half) v = _mm256_setzero_si256(); }
 
-template <int w> static inline void block2(const uint8_t*& d, const int8_t* a, Sums2<w>& s) {
-    constexpr int n = Sums2<w>::n, planes = w == 8 ? 2 : 8 / w, bits = w == 8 ? 4 : w; // a byte of 8 bits is two pieces of 4 with the same activation
+template <int w, bool alone> static inline void block2(const uint8_t*& d, const int8_t* a, Sums2<w, alone>& s) {
+    constexpr int n = Sums2<w, alone>::n, planes = w == 8 ? 2 : 8 / w, bits = w == 8 ? 4 : w; // a byte of 8 bits is two pieces of 4 with the same activation
     for (int l = 0; l < w; l++, d += 64, a += 32 / w) {
         ahead<w>(d);
         for (int t = 0; t < planes; t++) {
@@ -301,15 +301,20 @@ template <int w> static inline void block2(const uint8_t*& d, const int8_t* a, S
     }
 }
 
-template <int w> static inline __m256i total2(const Sums2<w>& s, int h) {
+template <int w, bool alone> static inline __m256i total2(const Sums2<w, alone>& s, int h) {
     const __m256i one = _mm256_set1_epi16(1);
     if constexpr (w == 8) return _mm256_add_epi32(_mm256_madd_epi16(s.of[h][0], one), _mm256_madd_epi16(s.of[h][1], _mm256_set1_epi16(16)));
-    else if constexpr (w == 1) return _mm256_madd_epi16(_mm256_add_epi16(s.of[h][0], _mm256_srai_epi16(s.of[h][1], 1)), one);
+    else if constexpr (w == 1) {
+        __m256i i = s.of[h][0];
+        for (int j = 1; j < Sums2<w, alone>::n; j++) i = _mm256_add_epi16(i, _mm256_srai_epi16(s.of[h][j], j));
+        return _mm256_madd_epi16(i, one);
+    }
     else return _mm256_madd_epi16(s.of[h][0], one);
 }
 
 template <int w0, int w1> static void one256(const Packed& p, int64_t tile, const Row* rows, int64_t M, float* y, uint8_t*) {
-    constexpr int64_t N = Sums2<w0>::blocks < Sums2<w1>::blocks ? Sums2<w0>::blocks : Sums2<w1>::blocks;
+    using First = Sums2<w0, !w1>; using Second = Sums2<w1, false>;
+    constexpr int64_t N = First::blocks < Second::blocks ? First::blocks : Second::blocks;
     for (int64_t r = 0; r < M; r++, y += p.m) {
         const uint8_t* d = p.tile(tile);
         const int8_t* a = rows[r].a;
@@ -317,7 +322,7 @@ template <int w0, int w1> static void one256(const Packed& p, int64_t tile, cons
         for (int64_t g = 0; g < p.groups; g++) {
             __m256i i[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
             for (int64_t left = p.blocks(); left > 0; left -= N) {
-                Sums2<w0> s0; Sums2<w1> s1;
+                First s0; Second s1;
                 clear2(s0); clear2(s1);
                 for (int64_t b = left < N ? left : N; b > 0; b--, a += 32) { block2(d, a, s0); if constexpr (w1) block2(d, a, s1); }
                 for (int h = 0; h < 2; h++) {
@@ -406,6 +411,7 @@ struct Work { // what several threads call
 class Team {
     std::mutex one, m;
     std::condition_variable go, done;
+    static constexpr int most = 256; // threads beside the caller's
     const Work* work = nullptr;
     int hired = 0, want = 0, at_work = 0;
     int64_t job = 0;
@@ -422,6 +428,7 @@ class Team {
     }
 public:
     void run(int threads, const Work& f) {
+        threads = std::min(threads, most + 1);
         std::unique_lock<std::mutex> only(one, std::try_to_lock);
         if (threads < 2 || !only) return f();
         {
