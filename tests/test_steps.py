@@ -58,15 +58,27 @@ def test_other_processors_agree(target, tmp_path, monkeypatch):
     for name,kind in KINDS.items():
         P, _, was = run(kind); assert off(P, want[name][0], was) < (1e-4 if name == "GaLore" else 1e-5), name
 
-def test_threads_do_not_change_a_bit(monkeypatch):
-    W, G = torch.randn(2, 1100, 700); P = Sparse()("w", 0, 64, 700); got = []
+def of_many(W, G, wide, P, channels):
+    "W, M, V, norm after two steps."
+    turn = (lambda t: t.mT.contiguous().mT) if wide else torch.clone
+    w, state = turn(W), (torch.zeros(len(W), len(P)), torch.zeros(len(W), len(P)), torch.zeros(()))
+    for _ in range(2): assert steps.apollo([w], [turn(G)], [lambda: P], [state], channels, (.9, .999, 1e-6, 1.01), [(.1, .99)])
+    return w, *state
+
+def threads_and_blocks_are_right(monkeypatch):
+    "One thread and more, to the bit; channels of more than one block, against the same from doubles."
+    torch.manual_seed(0); W, G = torch.randn(2, 3000, 280); got = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        w, state = W.clone(), (torch.zeros(1100, 64), torch.zeros(1100, 64), torch.zeros(())); m = torch.zeros_like(W)
-        assert steps.apollo([w], [G], [lambda: P], [state], True, (.9, .999, 1e-6, 1.01), [(.1, .99)]) and steps.lion([w], [G], [m], .01, (.9, .99), .99)
-        v = W.mT.contiguous().mT; assert steps.apollo([v], [G.mT.contiguous().mT], [lambda: P], [tuple(s.clone() for s in state)], True, (.9, .999, 1e-6, 1.01), [(.1, .99)])
-        got.append((w, m, v, *state))
-    for other in got[1:]: assert all(torch.equal(a, b) for a,b in zip(got[0], other))
+        with monkeypatch.context() as at:
+            at.setattr(torch, "get_num_threads", lambda: threads); m = torch.zeros_like(W); assert steps.lion([w := W.clone()], [G], [m], .01, (.9, .99), .99)
+            got.append([w, m, *(t for wide in (False, True) for r in (1, 16) for channels in (False, True) for t in of_many(W, G, wide, Sparse()("w", 0, r, 280), channels))])
+    for other in got[1:]: assert all(torch.equal(a, b) for a,b in zip(got[0], other, strict=True))
+    for wide in (False, True):
+        for g in (G, -2*G.flip(0)):                                            # memory of the first is there for the second
+            (R, c), P = steps.project(g.mT.contiguous().mT if wide else g, p := Sparse()("w", 0, 1, 280)), p.to_dense().double()
+            assert torch.allclose(R.double(), g.double() @ P.mT, atol=1e-3) and torch.allclose(c.double(), g.double().square().sum(1), rtol=1e-5)
+
+def test_threads_and_blocks_do_not_change_a_bit(monkeypatch): threads_and_blocks_are_right(monkeypatch)
 
 def test_many_are_as_each_alone_however_far_away():
     torch.manual_seed(0); draw = Sparse(); found = []
@@ -109,6 +121,7 @@ def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
         one(torch.zeros(3, 2)); one(torch.ones(3, 2)); norm = state[2].item(); assert (W < .999).all(); one(torch.zeros(3, 2)); assert state[2] == norm
         M = torch.zeros(40); W = torch.ones(40); steps.lion([W], [torch.zeros(40)], [M], .1, (.9, .99), 1.); assert (W == 1).all()
         R, M, V = torch.zeros(1, 32), torch.zeros(1, 32), torch.zeros(1, 32); steps.moments(R, M, V, (.9, .999), 1e-6); assert (R == 0).all()
+        threads_and_blocks_are_right(monkeypatch)
     for i,(old,new) in enumerate(MUTANTS):
         assert old in source, old
         (tmp_path/f"m{i}.cpp").write_text(source.replace(old, new)); lib = ctypes.CDLL(str(native.build(tmp_path/f"m{i}.cpp", tmp_path, f"m{i}", (shutil.which("g++"), *native._flags))))
