@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['is_end', 'local', 'Whole', 'working', 'Optimizer']
 
-# %% ../../../nbs/optimizers/contract.ipynb #cfd2161f
+# %% ../../../nbs/optimizers/contract.ipynb #55286776
 import inspect, math, re
 from types import SimpleNamespace
-import torch
+import numpy as np, torch
 from torch import Tensor
 
 # %% ../../../nbs/optimizers/contract.ipynb #2dbaa9c0
@@ -153,7 +153,10 @@ class _Work:
 # %% ../../../nbs/optimizers/contract.ipynb #5e0c9d17
 _bare = SimpleNamespace(**{k: inspect.unwrap(getattr(torch.optim.Optimizer, k)) for k in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")})
 
-# %% ../../../nbs/optimizers/contract.ipynb #88f1ec0d
+# %% ../../../nbs/optimizers/contract.ipynb #d2497114
+def _plain(x): return {k: _plain(v) for k,v in x.items()} if isinstance(x, dict) else type(x)(map(_plain, x)) if isinstance(x, (list, tuple)) else x.item() if isinstance(x, np.generic) else x
+
+# %% ../../../nbs/optimizers/contract.ipynb #8975b702
 class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
     "What every optimizer of the family shares."
     def __init__(self,
@@ -163,7 +166,9 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         self.rounding = lambda p, w: local(p).copy_(w)
         super().__init__([dict(params=list(named_parameters))], defaults)
 
-    state_dict, zero_grad = _bare.state_dict, _bare.zero_grad
+    zero_grad = _bare.zero_grad
+    def __getstate__(self): raise TypeError("an optimizer is neither copied nor pickled, because its rounding and its projections belong to its parameters (got copy.deepcopy or pickle); make one of the new parameters and load `state_dict()`")
+    def state_dict(self): return {k: _plain(v) if k == "param_groups" else v for k,v in _bare.state_dict(self).items()}
     def admit(self, rule, named, group): pass # a subclass refuses here what its rule cannot do
 
     def add_param_group(self, group):
@@ -180,14 +185,19 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         for (rule,decayed),part in parts.items():
             _bare.add_param_group(self, {**options, "params": part, "shapes": [list(p.shape) for _,p in part], "rule": rule, "weight_decay": float(g["weight_decay"]*decayed)})
 
+    def refuse(self):
+        "Rates and gradients that no rule can take, before anything changes."
+        for g in self.param_groups:
+            if not 0 <= g["lr"] < math.inf: raise ValueError(f"the learning rate of a step is at least 0 (got lr={float(g['lr'])}); look at its schedule")
+            for each in zip(g["param_names"], g["params"], g["shapes"]): _refuse(*each)
+
     @torch.no_grad()
     def step(self, closure=None):
         "One step, after the closure's loss if there is one; that loss."
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for g in self.param_groups:
-            for each in zip(g["param_names"], g["params"], g["shapes"]): _refuse(*each)
+        self.refuse()
         for g in self.param_groups:
             named = [(n, p) for n,p in zip(g["param_names"], g["params"]) if p.grad is not None and p.numel()]
             if named: self.update(g, named)
