@@ -169,8 +169,7 @@ def dark(browser):
     opened, base = browser
     with opened.new_context(color_scheme="dark") as c: yield lambda url, pictures=None: faults(c, base + url, base, pictures)
 
-# Not held to it: explorers/simplex, whose darkest marks are hardly seen on a dark page, and the pages of sources, whose long lines a phone cuts off
-@pytest.mark.parametrize("page", [*(p for p in MOVING if p != "explorers/simplex.html"), "index.html", "methods.html", "api/distributed_lion.html"])
+@pytest.mark.parametrize("page", [*MOVING, "index.html", "methods.html", "api/distributed_lion.html", "source/engine/fit.py.html"])
 def test_browser_page_is_whole(page, dark):
     bad, figures, controls, size = dark(page)
     assert not bad

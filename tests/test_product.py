@@ -140,6 +140,15 @@ def test_every_path_is_within_the_bound_and_all_are_equal(problem):
     for path in PATHS[1:]: assert torch.equal(product._run(x, p, path, 1), first), path
 
 @compiler
+@pytest.mark.parametrize("grid", ["FP4", "table to 127", "4"])
+@pytest.mark.parametrize("group", [5, 20, 33])
+def test_the_padding_of_a_group_counts_for_nothing(grid, group):
+    "A group ends within a block of 32 columns; the level of code 0 is not zero."
+    q, x = tensor(grid, 20, 3*group, group), torch.randn(5, 3*group, generator=torch.Generator().manual_seed(group))
+    for path in PATHS:
+        for M in (1, 5): assert ((product._run(x[:M], product.pack(q), path).double() - product.naive(x[:M], q).double()).abs() <= bound(x[:M], q)).all(), (path, M)
+
+@compiler
 def test_misaligned_activations():
     q = tensor("4", 33, 96, 32)
     flat = torch.randn(1 + 5*96)
