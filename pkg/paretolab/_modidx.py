@@ -1175,6 +1175,8 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                                        'paretolab/optimizers/contract.py'),
                                                'paretolab.optimizers.contract.Optimizer.step': ( 'optimizers/contract.html#optimizer.step',
                                                                                                  'paretolab/optimizers/contract.py'),
+                                               'paretolab.optimizers.contract.Optimizer.zero_grad': ( 'optimizers/contract.html#optimizer.zero_grad',
+                                                                                                      'paretolab/optimizers/contract.py'),
                                                'paretolab.optimizers.contract.Whole': ( 'optimizers/contract.html#whole',
                                                                                         'paretolab/optimizers/contract.py'),
                                                'paretolab.optimizers.contract.Whole.admit': ( 'optimizers/contract.html#whole.admit',

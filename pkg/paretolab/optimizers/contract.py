@@ -156,7 +156,7 @@ _bare = SimpleNamespace(**{k: inspect.unwrap(getattr(torch.optim.Optimizer, k)) 
 # %% ../../../nbs/optimizers/contract.ipynb #d2497114
 def _plain(x): return {k: _plain(v) for k,v in x.items()} if isinstance(x, dict) else type(x)(map(_plain, x)) if isinstance(x, (list, tuple)) else x.item() if isinstance(x, np.generic) else x
 
-# %% ../../../nbs/optimizers/contract.ipynb #8975b702
+# %% ../../../nbs/optimizers/contract.ipynb #7c97aedd
 class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
     "What every optimizer of the family shares."
     def __init__(self,
@@ -166,7 +166,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         self.rounding = lambda p, w: local(p).copy_(w)
         super().__init__([dict(params=list(named_parameters))], defaults)
 
-    zero_grad = _bare.zero_grad
+    def zero_grad(self, set_to_none=True): _bare.zero_grad(self, set_to_none)
     def __getstate__(self): raise TypeError("an optimizer is neither copied nor pickled, because its rounding and its projections belong to its parameters (got copy.deepcopy or pickle); make one of the new parameters and load `state_dict()`")
     def state_dict(self): return {k: _plain(v) if k == "param_groups" else v for k,v in _bare.state_dict(self).items()}
     def admit(self, rule, named, group): pass # a subclass refuses here what its rule cannot do
