@@ -14,7 +14,7 @@ from paretolab.mixers.aioli import Aioli
 from paretolab.mixers.skill_it import SkillIt
 
 torch.set_num_threads(1)
-s = S.setting("planted"); D, NAMES = len(s["tokens"]), list(s["tokens"]); TIMES, SEEDS, ALONE, REPEATS = (20, 60, 120), (0, 1, 2), 8, 6
+s = S.setting("planted"); D, NAMES = len(s["tokens"]), list(s["tokens"]); TIMES, SEEDS, ALONE, REPEATS = (20, 60, 240), (0, 1, 2), 8, 6
 fresh = {d: S.Part(S.chain(c, 9_000, 50 + j), 0, 9_000) for j,(d,c) in enumerate(zip(NAMES, S.C))}                              # text of the same domains that is not trained on
 LOOKS, JUDGE = (windows({d: S.Part(t.t, a, n) for d,t in fresh.items()}, 1, k) for a,n,k in ((0, 1500, 128), (1500, 7500, 4000)))     # what a mixer has, and what brute force has
 pearson = lambda a, b: float(np.corrcoef(np.ravel(a), np.ravel(b))[0,1]) if np.std(a) > 0 else 0.
@@ -71,4 +71,5 @@ for seed in SEEDS:
     x.close()
 for name in dict.fromkeys(r["method"] for r in rows if r["method"] != "truth"):
     print(f"{name:28}", "  ".join(f"{k} {statistics.fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for k in ("entries", "effects", "rank") for v in [[r[k] for r in rows if r["method"] == name]]))
-(Path(__file__).parent/"results"/"fidelity.json").write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, times=TIMES, seeds=SEEDS, alone=ALONE, repeats=REPEATS, domains=NAMES, rows=rows)) + "\n")
+cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+(Path(__file__).parent/"results"/"fidelity.json").write_text(json.dumps(dict(cpu=cpu, torch=torch.__version__, times=TIMES, seeds=SEEDS, alone=ALONE, repeats=REPEATS, domains=NAMES, rows=rows)) + "\n")

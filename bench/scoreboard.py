@@ -12,6 +12,7 @@ from paretolab.engine.schedules import wsd
 from paretolab.engine.steer import Steer, held_out
 from paretolab.engine.sweep import sweep, trial
 from paretolab.mixers.aioli import Aioli
+from paretolab.mixers.automixer import AutoMixer
 from paretolab.mixers.dga import DGA
 from paretolab.mixers.doge import DoGE
 from paretolab.mixers.doremi import DoReMi
@@ -49,12 +50,12 @@ def real(left_out, targets, n):
     return dict(shape=Shape(vocab=512, dim=64, ff=192, layers=2, heads=4, kv_heads=2, context=64), batch=8, length=64, steps=120, optimizer=lambda named: Muon(named, lr=1e-2), nbytes=nbytes,
         tokens={d: t for d,t in T.items() if d not in left_out}, looks=windows({d: looks[d] for d in targets or T}, 64, n), tests=windows({d: V[d] for d in targets or T}, 64, 32 if not targets else 256))
 
-V, C, Q = 32, np.array([[.8, .2, 0, 0, 0], [.2, .8, 0, 0, 0], [0, 0, .7, .3, 0], [0, 0, .3, .7, 0], [0, 0, 0, 0, 1.]]), np.array([.6, .05, .25, .05, .05])
+V, JUMP, C, Q = 32, .05, np.array([[.8, .2, 0, 0, 0], [.2, .8, 0, 0, 0], [0, 0, .7, .3, 0], [0, 0, .3, .7, 0], [0, 0, 0, 0, 1.]]), np.array([.6, .05, .25, .05, .05])
 ORDER = np.random.default_rng(0).permutation(V)
 def chain(c, n, seed):
-    "A Markov chain that takes the k-th of five permutations with probability c_k."
-    out, k = np.zeros(n, np.int64), 7*np.random.default_rng(seed).choice(len(c), n, p=c)
-    for i in range(1, n): out[i] = (ORDER[out[i-1]] + k[i]) % V
+    "A Markov chain that takes the k-th of five permutations with probability c_k; one step in twenty leads anywhere, so that every chain visits every token equally often."
+    rng = np.random.default_rng(seed); out, k, anywhere, jumps = np.zeros(n, np.int64), 7*rng.choice(len(c), n, p=c), rng.integers(0, V, n), rng.random(n) < JUMP
+    for i in range(1, n): out[i] = anywhere[i] if jumps[i] else (ORDER[out[i-1]] + k[i]) % V
     return out
 
 @functools.cache
@@ -62,7 +63,7 @@ def setting(name):
     if name == "uniform": return real((), (), 2)
     if name == "held-out": return real(("legal",), ("legal",), 20)
     world = {f"d{j}": Part(chain(c, 12_000*(5 - j), j), 0, 12_000*(5 - j)) for j,c in enumerate(C)}; goal = Part(chain(Q @ C, 12_000, 99), 0, 12_000)
-    return dict(shape=Shape(vocab=V, dim=32, ff=64, layers=1, heads=2, kv_heads=1, context=1), batch=256, length=1, steps=160, optimizer=lambda named: torch.optim.AdamW([p for _,p in named], lr=1e-2, fused=True), nbytes=torch.ones(V, dtype=torch.int64), tokens=world,
+    return dict(shape=Shape(vocab=V, dim=32, ff=64, layers=1, heads=2, kv_heads=1, context=1), batch=256, length=1, steps=320, optimizer=lambda named: torch.optim.AdamW([p for _,p in named], lr=1e-2, fused=True), nbytes=torch.ones(V, dtype=torch.int64), tokens=world,
         looks=windows(dict(goal=Part(goal.t, 0, 4000)), 1, 512), tests=windows(dict(goal=Part(goal.t, 4000, 8000)), 1, 8000))
 
 def uniform(s): return dict.fromkeys(s["tokens"], 1/len(s["tokens"]))
@@ -85,8 +86,9 @@ def schedule(steps): return wsd(steps, steps//10, .3)
 def train(s, seed, weights, mixer=None, reference=None, count=None):
     "One run; the model, the mean of its mixtures, and the mixer's last state."
     model, stream = new(s, seed), MixedStream(s["tokens"], weights, s["batch"], s["length"], seed); count and count.watch(model)
-    hook = mixer and Steer(mixer, model, stream, s["looks"], seed, reference, minibatch=1 if s["length"] > 1 else 32)
-    with tempfile.TemporaryDirectory() as run: log = fit(model, stream, s["optimizer"](model.named_parameters()), schedule(s["steps"]), [hook] if hook else [], steps=s["steps"], run=run)
+    with tempfile.TemporaryDirectory() as run, tempfile.TemporaryDirectory() as kept:
+        hook = mixer and Steer(mixer, model, stream, s["looks"], seed, reference, minibatch=1 if s["length"] > 1 else 32, kept=kept)
+        log = fit(model, stream, s["optimizer"](model.named_parameters()), schedule(s["steps"]), [hook] if hook else [], steps=s["steps"], run=run)
     stream.close()
     return model, {d: float(np.mean([r["weights"][d] for r in log])) for d in stream.domains}, hook and hook.state
 
@@ -116,6 +118,14 @@ def by_proxy(make):
         return score(s, model, p, c, proxy.passes + (1 if r else 0))
     return method
 
+def by_samples(make):
+    "What samples do for tasks at the checkpoints of a proxy run, and the mixture of the run that counts."
+    def method(name, s, seed, x):
+        proxy, c, m = Count(s), Count(s), make(s, x); *_, state = train(s, seed + 1000, uniform(s), m, count=proxy)
+        model, p, _ = train(s, seed, m.weights(state), count=c)
+        return score(s, model, p, c, proxy.passes)
+    return method
+
 def from_table(make):
     def method(name, s, seed, x):
         m, c, P = make(targets(name), x), Count(s), list(s["tokens"]); state = m.init(P, uniform(s), seed); plan = m.plan(state, 0)
@@ -131,6 +141,7 @@ METHODS = dict(
     dga=(online(lambda t, η: DGA(eta=η, every=16, beta=.2)), (.3, 3., 30.)),
     skill_it=(online(lambda t, η: SkillIt(eta=η, every=16, steps=2, targets=t)), (.1, .5, 2.)),
     aioli=(online(lambda t, x: Aioli(eta=x[0], every=40, steps=2, passes=1, ema=x[1], targets=t)), ((4., None), (8., .1), (1., None))),
+    automixer=(by_samples(lambda s, n: AutoMixer(every=s["steps"]//5, checkpoints=4, samples=n)), (4, 16, 64)),          # of several targets: for one, its groups are one group and the mixture is the prior
     regmix=(from_table(lambda t, n: RegMix(runs=RUNS, targets=t, best=n)), (16, 128, 1024)),
     mixing_laws=(from_table(lambda t, ε: MixingLaws(runs=RUNS, targets=t, floor=ε)), (.002, .02, .05)))
 TABLES = {}
@@ -170,6 +181,7 @@ def board(name):
         r, = ask([dict(setting=name, method="table", seed=seed)]); import scoreboard; scoreboard.TABLES[name, seed] = r["out"]; cpu += r["cpu"]
     found = {}
     for m,(_,grid) in METHODS.items():
+        if m == "automixer" and name != "uniform": continue
         tuned = ask([dict(setting=name, method=m, seed=TUNING, x=x) for x in grid]); x = grid[int(np.argmin([r["out"]["looks"] for r in tuned]))]
         runs = ask([dict(setting=name, method=m, seed=seed, x=x) for seed in SEEDS]); cpu += sum(r["cpu"] for r in tuned + runs)
         found[m] = dict(tried=list(grid), tuning=[r["out"]["looks"] for r in tuned], chosen=x, runs=[r["out"] for r in runs])
@@ -189,4 +201,5 @@ if __name__ == "__main__":
         for m,f in b["methods"].items():
             v = [r["bpb"] for r in f["runs"]]; print(f"  {m:14} {np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})  +{np.mean([r['extra_passes'] for r in f['runs']]):.2f} passes  chosen {f['chosen']}")
     had = json.loads(RESULT.read_text())["settings"] if RESULT.exists() else {}
-    RESULT.write_text(json.dumps(dict(machine=platform.machine(), torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings={**had, **boards}), indent=1) + "\n")
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    RESULT.write_text(json.dumps(dict(cpu=cpu, torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings={**had, **boards}), indent=1) + "\n")

@@ -82,6 +82,18 @@ def test_weights_stay_on_the_simplex_above_the_floor(m):
             for p in (np.array(list(m.weights(s).values())), shares(m, s)):
                 assert abs(p.sum() - 1) < 1e-9 and p.min() >= getattr(m, "floor", 0.)*(1 - 1e-9) and list(m.weights(s)) == NAMES
 
+@pytest.mark.parametrize("m", [DoReMi(floor=.1), DoGE(floor=.1), DGA(floor=.1), SkillIt(floor=.1), Aioli(floor=.1), AutoMixer(floor=.1)], ids=kind)
+def test_a_prior_below_the_floor_is_lifted_at_once_and_a_floor_that_cannot_be_is_refused(m):
+    prior = dict(a=.94, b=.05, c=.01)
+    for p in (m.weights(s := m.init(list(prior), prior, 0)), getattr(m, "final", m.weights)(s)): assert min(p.values()) >= .1*(1 - 1e-9) and abs(sum(p.values()) - 1) < 1e-9
+    for bad in (.5, -1., float("nan")):
+        for other in (replace(m, floor=bad), MixingLaws(floor=bad)):
+            with pytest.raises(ValueError, match=f"floor={bad}"): other.init(list(prior), prior, 0)
+
+@pytest.mark.parametrize("m, says", [(DGA(eta=-1.), "eta=-1"), (SkillIt(eta=float("nan")), "eta=nan"), (Aioli(ema=1.5), "ema=1.5"), (Aioli(ema=float("nan")), "ema=nan"), (DoGE(most=0.), "most=0")])
+def test_a_step_that_cannot_be_is_refused_before_any_is_made(m, says):
+    with pytest.raises(ValueError, match=says): m.init(NAMES, PRIOR, 0)
+
 @every_mixer
 @pytest.mark.parametrize("seed", range(3))
 def test_permuting_domains_permutes_weights(m, seed):
@@ -122,6 +134,10 @@ def test_automixer_keeps_a_domain_that_only_harms_at_its_floor(AutoMixer=AutoMix
     m = AutoMixer(every=1, checkpoints=1, samples=1, targets=("good", "bad"), floor=.05); s = m.observe(m.init(["a", "b"], dict(a=.5, b=.5), 0), {Evaluate(): dict(good=1., bad=1.), Keep(1): {}})
     r, = m.plan(s, 2); new = m.observe(s, {r: dict(tokens=dict(a=dict(x=9), b=dict(y=9)), influence=dict(good=dict(x=1., y=-5.), bad=dict(x=0., y=1.)))})
     assert new["shares"] == dict(good=1., bad=0.) and np.abs(np.array(new["p"]) - [.95, .05]).max() < 1e-12
+
+def test_automixer_with_one_target_gives_the_prior():
+    s, _ = run(m := replace(ONLINE["automixer"], targets=("law",)), World({k: 5*v for k,v in law().items()}))
+    assert s["done"] and s["shares"] == dict(law=1.) and max(abs(m.weights(s)[d] - PRIOR[d]) for d in NAMES) < 1e-9
 
 @pytest.mark.parametrize("m", [ONLINE["aioli"], ONLINE["aioli_averaged"]])
 def test_aioli_measures_the_planted_law(m):
@@ -304,6 +320,10 @@ def test_the_mixers_state_counts(tmp_path, monkeypatch):
     trained(tmp_path/"cut", m, 7)
     monkeypatch.setattr(Steer, "load_state_dict", lambda self, s: None)
     assert not torch.equal(trained(tmp_path/"cut", m, 26), want)
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    h = Steer(SHORT["aioli"], None, MixedStream(TEXT, dict(count=.5, noise=.5), batch=4, length=12), WINDOWS); s = h.state_dict(); h.load_state_dict(copy.deepcopy(s)); h.stream.close()
+    with pytest.raises(ValueError, match="lacks 'prior', so it is of another version"): h.load_state_dict(dict(s, state={k: v for k,v in s["state"].items() if k != "prior"}))
 
 def test_gradients_of_frozen_and_unused_parameters():
     torch.manual_seed(0); m = MobileLLM(Shape(vocab=23, dim=8, ff=8, layers=2, heads=2, kv_heads=1, context=12)); x = list(WINDOWS.values())

@@ -11,7 +11,10 @@ def work(c):
     with open(c["file"], "a") as f: f.write(f"{c['n']}\\n")
     print("a trial may print")
     return dict(square=c["n"]**2, threads=os.environ["OMP_NUM_THREADS"])
-def dies(c): os.kill(os.getpid(), 9)
+def dies(c):
+    if c:
+        with open(c, "a") as f: f.write("1")
+    os.kill(os.getpid(), 9)
 def odd(c): return {1, 2}
 def loud(c): sys.stderr.write("x"*10**6); return "done"
 """
@@ -69,7 +72,7 @@ def test_fifty_kill_points(trials, tmp_path, record_property): record_property("
 def test_processes_have_one_thread_may_print_and_may_die(trials, tmp_path):
     c = [dict(n=n, file=str(tmp_path/"ran")) for n in range(2)]
     assert [o["result"] for o in sweep(trials.work, c, tmp_path/"a", local(2))] == [dict(square=n*n, threads="1") for n in range(2)]
-    assert "ended with -9" in sweep(trials.dies, [0], tmp_path/"b")[0]["error"]
+    assert "ended with -9" in sweep(trials.dies, [None], tmp_path/"b")[0]["error"]
     assert sweep(trials.loud, [0], tmp_path/"c")[0]["result"] == "done"                       # a full pipe does not hold it up
     assert "not JSON serializable" in sweep(trials.odd, [0], tmp_path/"d")[0]["error"]
 
@@ -84,11 +87,20 @@ def test_a_killed_sweep_leaves_no_trial_running(trials, tmp_path):
 def test_a_damaged_journal_is_refused_and_kept(trials, tmp_path):
     c = [dict(n=n, file=str(tmp_path/"ran")) for n in range(3)]; sweep(trials.work, c, j := tmp_path/"j", here)
     lines = j.read_bytes().splitlines(keepends=True); j.write_bytes(lines[0] + b"garbage\n" + lines[2]); before = j.read_bytes()
-    with pytest.raises(ValueError, match="is damaged after .* bytes .got b'garbage"): sweep(trials.work, c, j, here)
+    with pytest.raises(ValueError, match="is damaged, or none of a sweep, after .* bytes .got b'garbage"): sweep(trials.work, c, j, here)
     assert j.read_bytes() == before
 
 def test_the_same_numbers_under_another_function_are_other_trials(trials, tmp_path):
     assert [o.get("result") for f in (abs, len) for o in sweep(f, [[1], [2, 3]], tmp_path/"j", here)][2:] == [1, 2]
+
+def elsewhere(trials, folder, executor):
+    "The same outcomes on the same journal: results, errors, a trial whose process dies, and nothing twice."
+    c = [dict(n=n, file=str(folder/"ran")) for n in (-3, 4)]; j = folder/"j"; outs = sweep(trials.work, c, j, executor)
+    assert [o["result"]["square"] for o in outs] == [9, 16] and sweep(trials.work, [*c, dict(n=5, file=str(folder/"ran"))], j, executor)[2]["result"]["square"] == 25
+    assert sorted(map(int, open(folder/"ran"))) == [-3, 4, 5]
+    assert [o.get("result") for o in sweep(abs, [-3, "x"], j, executor)] == [3, None] and "TypeError" in sweep(abs, ["x"], j, executor)[0]["error"]
+    assert len(sweep(trials.dies, [str(folder/"tries")], j, executor)[0]["error"]) > 20 and open(folder/"tries").read() == "1"
+    assert len(j.read_bytes().splitlines()) == 6
 
 def test_submitit_runs_the_same(tmp_path):
     submitit = pytest.importorskip("submitit", reason="submitit is not installed")
@@ -96,9 +108,15 @@ def test_submitit_runs_the_same(tmp_path):
     assert [o.get("result") for o in outs] == [3, 4, None] and "TypeError" in outs[2]["error"]
 
 @pytest.mark.soak
-def test_ray_runs_the_same(tmp_path):
+def test_submitit_runs_the_same_in_processes(trials, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))                # which a job of a batch system has from its shell
+    elsewhere(trials, tmp_path, S.submitit(submitit.LocalExecutor(tmp_path/"logs")))
+
+@pytest.mark.soak
+def test_ray_runs_the_same(trials, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try: outs = sweep(abs, [-3, 4, "x"], tmp_path/"j", S.ray())
+    try: elsewhere(trials, tmp_path, S.ray())
     finally: ray.shutdown()
-    assert [o.get("result") for o in outs] == [3, 4, None] and "TypeError" in outs[2]["error"]

@@ -92,7 +92,7 @@ def _as_of(folder, name, model):
     old = copy.deepcopy(model); old.load_state_dict(tensors["model"], strict=False)
     return old
 
-# %% ../../../nbs/engine/steer.ipynb #87abccd1
+# %% ../../../nbs/engine/steer.ipynb #cd31b25e
 class _Requests:
     "What a mixer has asked for and not been told yet."
     def _ask(self, p):
@@ -107,6 +107,7 @@ class _Requests:
     def state_dict(self): return dict(mixer=repr(self.mixer), state=self.state, open=len(self.open), run=dict(self.run, told=list(self.run["told"]), kept=dict(self.run["kept"])))
     def load_state_dict(self, s):
         if s["mixer"] != repr(self.mixer): raise ValueError(f"the run was saved with the mixer {s['mixer']} (got {self.mixer!r}); pass the same one or use another run folder")
+        if lost := sorted(self.state.keys() - s["state"].keys()): raise ValueError(f"the saved state of {self.mixer!r} lacks {lost[0]!r}, so it is of another version (got {', '.join(s['state'])}); use another run folder")
         self.state, self.run, self.asked, self.seen = s["state"], {**s["run"], "kept": dict(s["run"].get("kept", {}))}, None, None
         plan = list(self.mixer.plan(self.state, self.run["planned"])) if s["open"] else []
         self.open = plan[len(plan) - s["open"]:]

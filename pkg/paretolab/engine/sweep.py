@@ -19,7 +19,7 @@ def _name(fn):
     if fn.__module__ == "__main__" or "<" in name: raise ValueError(f"a trial runs in another process, which has to import its function; write it in a module (got {name})")
     return name
 
-# %% ../../../nbs/engine/sweep.ipynb #ee2d4313
+# %% ../../../nbs/engine/sweep.ipynb #ec9bc702
 def trial(
     name:str, # "module:function"
     config, # any JSON value
@@ -27,7 +27,7 @@ def trial(
     "Run one trial in this process; an error is an outcome like any other."
     module, function = name.split(":"); start = time.perf_counter()
     try: out = dict(result=json.loads(json.dumps(getattr(import_module(module), function)(config))))
-    except Exception as e: out = dict(error=f"{type(e).__name__}: {e}")
+    except (Exception, SystemExit) as e: out = dict(error=f"{type(e).__name__}: {e}")
     return dict(out, seconds=round(time.perf_counter() - start, 3))
 
 # %% ../../../nbs/engine/sweep.ipynb #db1ecea2
@@ -41,7 +41,7 @@ print("\\n" + json.dumps(trial(*line)), file=out, flush=True)
 os._exit(0)
 """
 
-# %% ../../../nbs/engine/sweep.ipynb #d5b31892
+# %% ../../../nbs/engine/sweep.ipynb #bf08341a
 def _child(name, config):
     "One trial in a process with one thread; its outcome."
     env = {**os.environ, **{f"{k}_NUM_THREADS": "1" for k in ("OMP", "MKL", "OPENBLAS")}, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -50,7 +50,7 @@ def _child(name, config):
         p.stdin.write(json.dumps([name, config]).encode() + b"\n"); p.stdin.flush()
         said, err = [], []
         with ThreadPoolExecutor(2) as readers: readers.submit(lambda: err.append(p.stderr.read())); said = readers.submit(p.stdout.read).result()
-    if p.returncode: return dict(error=f"the process ended with {p.returncode}: {err[0].decode(errors='replace').strip()[-500:]}", seconds=round(time.perf_counter() - start, 3))
+    if p.returncode or not said.strip(): return dict(error=f"the process ended with {p.returncode}: {err[0].decode(errors='replace').strip()[-500:]}", seconds=round(time.perf_counter() - start, 3))
     return json.loads(said.splitlines()[-1])
 
 # %% ../../../nbs/engine/sweep.ipynb #a3a8f2c4
@@ -66,15 +66,17 @@ def local(
             finally: pool.shutdown(wait=False, cancel_futures=True)
     return run
 
-# %% ../../../nbs/engine/sweep.ipynb #c0ba0c7c
+# %% ../../../nbs/engine/sweep.ipynb #50a22f58
+HEAD = b'{"key": "'
+
 def _read(path):
     "Outcomes by key, and the bytes up to the last whole line."
     found, size = {}, 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try: r = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError: raise ValueError(f"the journal {path} is damaged after {size} bytes (got {line[:80]!r}); move it away to start again") from None
-        if r is None: break
-        found[r["key"]], size = r, size + len(line)
+        if not line.endswith(b"\n") and HEAD[:len(line)] == line[:len(HEAD)]: break
+        try: r = json.loads(line); key, _ = r["key"], r["seconds"]
+        except (ValueError, TypeError, KeyError): raise ValueError(f"the journal {path} is damaged, or none of a sweep, after {size} bytes (got {line[:80]!r}); move it away or give another path") from None
+        found[key], size = r, size + len(line)
     return found, size
 
 # %% ../../../nbs/engine/sweep.ipynb #44c63da8
@@ -88,7 +90,7 @@ def _locked(path):
         found, size = _read(path); f.truncate(size)
         yield f, found
 
-# %% ../../../nbs/engine/sweep.ipynb #ef491466
+# %% ../../../nbs/engine/sweep.ipynb #932a625d
 def sweep(
     fn, # the trial: a module's function from a JSON value to a JSON value
     configs:list, # a JSON value each
@@ -103,16 +105,17 @@ def sweep(
         for key,out in (executor or local())(name, list(todo.items())) if todo else ():
             found[key] = dict(key=key, config=todo[key], **out)
             f.write(json.dumps(found[key]).encode() + b"\n"); f.flush(); os.fsync(f.fileno())
+    if left := [c for k,c in zip(keys, configs) if k not in found]: raise ValueError(f"the executor ended without an outcome for {len(left)} of {len(keys)} trials, the first {left[0]!r:.80}; call sweep again to make them")
     return [{k: v for k,v in found[key].items() if k not in ("key", "config")} for key in keys]
 
-# %% ../../../nbs/engine/sweep.ipynb #f53a1514
+# %% ../../../nbs/engine/sweep.ipynb #3d44fdb8
 def ray(
     cpus:float=1, # of each trial
 ): # executor
     "Run trials as tasks of a Ray cluster that `ray.init` has joined."
     def run(name, todo):
         import ray as r
-        task = r.remote(num_cpus=cpus)(trial); waiting = {task.remote(name, c): k for k,c in todo}
+        task = r.remote(num_cpus=cpus, max_retries=0)(trial); waiting = {task.remote(name, c): k for k,c in todo}
         while waiting:
             (ref,), _ = r.wait(list(waiting)); key = waiting.pop(ref)
             try: yield key, r.get(ref)

@@ -36,7 +36,7 @@ def normalised(
     B = A - A.min()
     return B/B.sum() if B.sum() > 0 else B
 
-# %% ../../../nbs/mixers/aioli.ipynb #69b22bf2
+# %% ../../../nbs/mixers/aioli.ipynb #64b0db91
 @dataclass(frozen=True)
 class Aioli:
     "Mixes by a law that is measured with probes inside the run."
@@ -57,6 +57,7 @@ class Aioli:
         s = begin(domains, prior); D = len(domains); used = D*self.steps*self.passes
         if min(self.steps, self.passes) < 1 or used >= self.every: raise ValueError(f"a round's probes take {D} domains × {self.steps} steps × {self.passes} passes = {used} steps and have to end before the next round (got every={self.every}); probe less or more rarely")
         if not 1/D < self.one_hot <= 1 and D > 1: raise ValueError(f"a probe favours its domain: its share lies above 1/{D} and at most at 1 (got one_hot={self.one_hot})")
+        if not 0 <= (self.ema or 0.) < 1: raise ValueError(f"the share of the past lies between 0 and 1, or is None for the accumulating form (got ema={self.ema})")
         p = exp_grad(s["p"], np.zeros(D), self.eta, self.floor).tolist()
         return dict(s, p=p, prior=p, seed=seed, round=0, done=0, fall=[], law=[], mean=[])
     def plan(self, state, step):

@@ -11,7 +11,7 @@ import numpy as np
 from .protocol import begin, exp_grad, read
 from .requests import DomainGradients
 
-# %% ../../../nbs/mixers/doge.ipynb #2e7d6baf
+# %% ../../../nbs/mixers/doge.ipynb #70363371
 @dataclass(frozen=True)
 class DoGE:
     "Loss weights that grow with the alignment of gradients."
@@ -25,7 +25,7 @@ class DoGE:
         prior:dict, # domain -> share; α starts there
         seed:int=0, # not used: nothing is drawn
     )->dict: # state
-        if self.every < 1: raise ValueError(f"gradients are measured every step or less often (got every={self.every})")
+        if self.every < 1 or not self.most > 0: raise ValueError(f"gradients are measured every step or less often, and scores lie above 0 (got every={self.every}, most={self.most})")
         s = begin(domains, prior); D = len(domains)
         return dict(s, alpha=exp_grad(s["p"], np.zeros(D), self.eta, self.floor).tolist(), p=[1/D]*D, total=[0.]*D, rounds=0)
     def plan(self, state, step): return [DomainGradients()] if step % self.every == 0 else []

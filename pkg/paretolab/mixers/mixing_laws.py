@@ -63,7 +63,7 @@ def optimum(
         else: η /= 4
     return p
 
-# %% ../../../nbs/mixers/mixing_laws.ipynb #7128705f
+# %% ../../../nbs/mixers/mixing_laws.ipynb #755fbc89
 @dataclass(frozen=True)
 class MixingLaws:
     "The optimum of exponential laws fitted to a table of small runs."
@@ -79,6 +79,7 @@ class MixingLaws:
     )->dict: # state
         if self.runs < len(domains) + 2: raise ValueError(f"laws of {len(domains)} domains need at least {len(domains) + 2} runs (got runs={self.runs})")
         s = begin(domains, prior)
+        exp_grad(s["p"], np.zeros(len(domains)), 1., self.floor)                        # a floor that cannot be is refused before any run
         return dict(s, prior=s["p"], seed=seed, c=[], A=[], predicted=None)
     def plan(self, state, step): return [] if state["A"] else [Run(tuple(w)) for w in draw(state["prior"], self.runs, state["seed"]).tolist()]
     def observe(self, state, signals):

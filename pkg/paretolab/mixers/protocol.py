@@ -10,7 +10,7 @@ import math
 import numpy as np
 from ..data.stream import ONE, simplex
 
-# %% ../../../nbs/mixers/protocol.ipynb #3a608981
+# %% ../../../nbs/mixers/protocol.ipynb #03de4c31
 def exp_grad(
     p:np.ndarray, # mixture, (D,), summing to 1
     gain:np.ndarray, # a, (D,)
@@ -20,7 +20,7 @@ def exp_grad(
     "Exponentiated gradient, projected onto the simplex above a floor."
     p, a, D = np.asarray(p, float), np.asarray(gain, float), len(p)
     if a.shape != p.shape: raise ValueError(f"there is one gain for each of the {D} domains (got {a.size})")
-    if not (np.isfinite(a).all() and math.isfinite(eta)): raise ValueError(f"gains and the step size are finite (got {a[~np.isfinite(a)].tolist()} among the gains, {eta=})")
+    if not (np.isfinite(a).all() and 0 <= eta < math.inf): raise ValueError(f"gains and the step size are finite, and no step goes backwards (got {a[~np.isfinite(a)].tolist()} among the gains, {eta=})")
     if not 0 <= floor*D <= 1: raise ValueError(f"a floor lies between 0 and 1/{D}, or {D} domains cannot all have it (got {floor=})")
     q = p*np.exp(eta*a - (eta*a)[p > 0].max())
     s = np.sort(q)[::-1]

@@ -21,7 +21,7 @@ def skill_graph(
     if not (before > 0).all(): raise ValueError(f"losses are above 0 before a training that may lower them (got {before.min()})")
     return np.maximum((before - after)/before, 0)
 
-# %% ../../../nbs/mixers/skill_it.ipynb #01291fd0
+# %% ../../../nbs/mixers/skill_it.ipynb #faa405b0
 @dataclass(frozen=True)
 class SkillIt:
     "Weights by graph times losses, over a window of evaluations."
@@ -42,7 +42,7 @@ class SkillIt:
         s = begin(domains, prior); A = np.asarray(self.graph, float); want = (len(self._losses(s)), len(domains))
         if min(self.window, self.every, self.steps) < 1: raise ValueError(f"a window, a pause and a probe are at least 1 (got window={self.window}, every={self.every}, steps={self.steps})")
         if A.size and (A.shape != want or not (A >= 0).all()): raise ValueError(f"the graph has {want[0]} rows of {want[1]} numbers of at least 0: A[i, j] is what training on j does for loss i (got shape {A.shape}, least {A.min()})")
-        return dict(s, prior=s["p"], graph=A.tolist(), losses=[])
+        return dict(s, p=exp_grad(s["p"], np.zeros(len(domains)), self.eta, self.floor).tolist(), prior=s["p"], graph=A.tolist(), losses=[])
     def plan(self, state, step):
         if not state["graph"]: return [Probe(tuple(e), self.steps) for e in np.eye(len(state["domains"])).tolist()]
         return [Evaluate()] if step % self.every == 0 else []
