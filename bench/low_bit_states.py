@@ -50,7 +50,7 @@ def paths():
         w, g = torch.randn(shape), torch.randn(shape); m, v = form.encode(g, True), form.encode(g*g, False)
         for path in range(native.load("state_steps.cpp").best_path() + 1):
             t = []
-            for _ in range(40): start = time.thread_time(); [state_steps.adamw(form, w, g, m, v, path=path, **n) for _ in range(3)]; t.append((time.thread_time() - start)/3)
+            for _ in range(40): start = time.thread_time(); [state_steps.adamw(form, [w], [g], [m], [v], path=path, **n) for _ in range(3)]; t.append((time.thread_time() - start)/3)
             out[f"{type(form).__name__} {('portable', 'AVX2', 'AVX-512')[path]}"] = statistics.median(t)/w.numel()*1e9
         t = []
         for _ in range(8): start = time.thread_time(); state_steps._adamw(form, w, g, m, v, **n); t.append(time.thread_time() - start)

@@ -1,5 +1,5 @@
 """A step of every optimizer against torch's fused AdamW: CPU time of one thread, in turns in one process, on one layer of Llama 60M and on all of it; and what a step takes for a moment beside its state.
-Arguments: rounds on the layer, rounds on all of it (0: leave it out), then labels to measure again (all by default; the others are kept from results/optimizers.json)."""
+Arguments: rounds on the layer, rounds on all of it (0: leave it out), then labels to measure again (all by default; the others are kept from the file of this kind of processor)."""
 import gc, json, os, platform, shutil, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from paretolab.frontier.budget import _Live
-from paretolab.kernels import native
+from paretolab.kernels import native, steps
 from paretolab.optimizers import adamw, apollo, baselines, galore, lion, muon, scale, sophia
 from paretolab.optimizers.contract import is_end
 from paretolab.optimizers.lowrank import Gaussian, Sparse
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1); torch.manual_seed(0)
-FILE, R = Path(__file__).parent/"results"/"optimizers.json", 128
+FILE, R = Path(__file__).parent/"results"/("optimizers_avx512.json" if "avx512f" in native.cpu() else "optimizers_avx2.json"), 128
 
 def llama(layers, d=512, f=1376, V=32000):
     block = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (d, d), "self_attn.v_proj": (d, d), "self_attn.o_proj": (d, d), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f), "input_layernorm": (d,), "post_attention_layernorm": (d,)}
@@ -70,6 +70,23 @@ def seconds(f, times=3):
         taken.append(time.thread_time() - start)
     return min(taken)
 
+def hints(times=5, rounds=5):
+    "Time of two passes with lines that are asked for once, of that with lines that are to be kept: a matrix that a cache holds, a layer, all. Tensors are made anew some times, because where they happen to lie counts."
+    out, far = {}, steps._far
+    for part,shapes in (("cached", [(512, 512)]), ("layer", llama(1).values()), ("all", llama(8).values())):
+        ratios = {"Lion": [], "moving the weights": []}
+        for _ in range(times):
+            W, G, M = ([torch.randn(s) for s in shapes] for _ in range(3)); one = torch.tensor(1e-4)
+            passes = {"Lion": lambda: steps.lion(W, G, M, 1e-4, (.9, .99), 1.), "moving the weights": lambda: [steps.apply(w, g, one, 1.) for w,g in zip(W, G) if w.ndim == 2]}
+            for name,f in passes.items():
+                taken = {True: [], False: []}
+                for _ in range(rounds):
+                    for once,t in taken.items(): steps._far = lambda _: once; t.append(seconds(f))
+                ratios[name] += [a/b for a,b in zip(taken[True], taken[False])]
+        out[part] = {name: middle(x) for name,x in ratios.items()}
+    steps._far = far
+    return out
+
 def middle(x): x = sorted(x); return dict(ratio=round(x[len(x)//2], 3), lowest=round(x[0], 3), highest=round(x[-1], 3))
 
 def measure(named, label, rounds):
@@ -101,6 +118,7 @@ def main(layer=15, whole=5, *labels):
             rows[label] = measure(named, label, rounds if label not in ("SOAP", "Muon") else min(rounds, 3)); gc.collect(); print(part, label, rows[label], flush=True)
         result[part + "_parameters"], result[part + "_largest"] = sum(p.numel() for _,p in named), max(p.nbytes for _,p in named)
         result[part] = {k: rows[k] for k in CONTENDERS if k in rows}
+    result["hints"] = hints(); print("hints", result["hints"])
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     result |= dict(machine=platform.machine(), cpu=cpu, cores=os.cpu_count(), capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, compiler=subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True).stdout.strip() if compiler else None, load=round(os.getloadavg()[0], 1), rank=R)

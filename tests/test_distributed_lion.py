@@ -1,9 +1,8 @@
-"""Distributed Lion: the family's contract in one process, and in two and three, forked from one, the definition to the bit, bytes, resuming and refusals."""
-import os, subprocess, sys
-
+"""Distributed Lion: the family's contract in one process, and in two and three, the definition to the bit, bytes, resuming and refusals."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 import test_optimizers as family
+from optimizer_processes import run
 from paretolab.optimizers.distributed_lion import bits, decode, encode
 
 NAME = "distributed_lion.DistributedLion"
@@ -30,14 +29,12 @@ def test_bits_come_back_and_are_as_few_as_can_be(n, s, rows, eights, data):
     assert torch.equal(decode(packed, n, s), x.short()) and packed.dtype == torch.uint8 and packed.numel()*8 == x.numel()*bits(n, s) and 2**(bits(n, s) - 1) < codes <= 2**bits(n, s)
 
 CHILD = r'''
-import io, os, sys, tempfile, torch, torch.distributed as dist
+import io, torch, torch.distributed as dist
 from torch import nn
 from paretolab.optimizers import distributed_lion as module
 from paretolab.optimizers.distributed_lion import DistributedLion, bits
-N, folder, i = int(sys.argv[1]), tempfile.mkdtemp(), 0
-for k in range(1, N):
-    if not i and not os.fork(): i = k
-torch.set_num_threads(1); dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=i, world_size=N)
+N, i = dist.get_world_size(), dist.get_rank()
+torch.set_num_threads(1)
 SHAPES = {"embed.weight": (11, 7), "q.weight": (3, 5), "one.weight": (1, 1), "norm.weight": (33,), "none.weight": (0, 4), "scale": ()}
 STEPS, MADE = 7, dict(lr=.02, weight_decay=.1)
 def gradient(t, k, n):
@@ -128,11 +125,8 @@ saved = [None]*N; dist.all_gather_object(saved, clean.state_dict()); refused(f"t
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 refused("sharded 'w'", lambda: DistributedLion([("w", nn.Parameter(distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (N,)), [Shard(0)])))]))
-dist.barrier(); i or print("all done", flush=True); dist.barrier(); os._exit(0)
+print("all done")
 '''
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_in_processes(world, tmp_path):
-    done = subprocess.run([sys.executable, "-c", CHILD, str(world)], capture_output=True, text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS="1", TMPDIR=str(tmp_path)))
-    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
-    assert done.stdout.strip() == "all done"
+def test_in_processes(world): assert run(CHILD, world).strip() == "all done"

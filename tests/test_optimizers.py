@@ -1,5 +1,5 @@
 """All optimizers under one contract: independent definitions, resume at every step, metamorphic properties, hostile gradients, ledgers, mutants."""
-import importlib, io, json, math, sys, types
+import copy, functools, importlib, io, json, math, sys, types
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:an estimate of the curvature was
 SHAPES = {"embed.weight": (7, 4), "blocks.0.q.weight": (6, 5), "blocks.0.up.weight": (5, 8), "blocks.0.sq.weight": (4, 4), "blocks.0.row.weight": (1, 3), "head.weight": (7, 4), "norm.weight": (4,), "conv": (2, 3, 2), "conv4": (2, 1, 2, 2), "scale": ()}
 def rng(*seed): return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 def start(dtype=torch.float32, shapes=SHAPES, seed=0): return {n: torch.randn(s, generator=rng(seed, i)).to(dtype).requires_grad_() for i,(n,s) in enumerate(shapes.items())}
-def gradient(n, t, shapes=SHAPES): return torch.randn(shapes[n], generator=rng(7, t, list(shapes).index(n)))
+@functools.cache
+def _drawn(shape, *seed): return torch.randn(shape, generator=rng(*seed))
+def gradient(n, t, shapes=SHAPES): return _drawn(shapes[n], 7, t, list(shapes).index(n)).clone()
 def make(name, P, **more): return member("optimizers", name)(P.items(), **{**kw(name), **more})
 def train(P, o, at, steps, of=gradient):
     for t in range(at, at + steps):
@@ -189,6 +191,27 @@ def test_names_given_by_wrappers_do_not_matter(name):
         for n,p in Q.items(): p.grad = gradient(n, t)
         o.step()
     assert same(P, Q)
+
+@every
+def test_a_schedule_s_numbers_are_refused_or_saved(name):
+    P = start(); o = make(name, P); train(P, o, 0, 1); was = {n: p.detach().clone() for n,p in P.items()}
+    for lr in (-1e-3, math.nan, math.inf):
+        o.param_groups[-1]["lr"] = lr
+        with pytest.raises(ValueError, match="learning rate of a step"): train(P, o, 1, 1)
+        assert same(P, was)
+    for g in o.param_groups: g["lr"] = np.float64(.01)
+    torch.save(o.state_dict(), f := io.BytesIO()); f.seek(0); assert torch.load(f, weights_only=True)["param_groups"][0]["lr"] == .01
+    with pytest.raises(TypeError, match="neither copied nor pickled"): copy.deepcopy(o)
+
+@every
+def test_torch_s_defaults_change_nothing(name, request):
+    request.addfinalizer(lambda: (torch.set_default_dtype(torch.float32), torch.set_default_device("cpu"))); ends = []
+    for dtype,device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        P = start(); G = [{n: gradient(n, t) for n in P} for t in range(4)]
+        torch.set_default_dtype(dtype); torch.set_default_device(device)
+        train(P, o := make(name, P), 0, 4, lambda n, t: G[t][n]); ends.append([*P.values(), *(v for s in o.state.values() for v in s.values())])
+        torch.set_default_dtype(torch.float32); torch.set_default_device("cpu")
+    for other in ends[1:]: assert all(a.dtype == b.dtype and torch.equal(a, b) for a,b in zip(ends[0], other, strict=True))
 
 @pytest.mark.parametrize("name", LOWRANK)
 def test_a_transposed_matrix_is_treated_alike(name):
@@ -391,7 +414,7 @@ MUTANTS = [  # module, its text, the mutant's, the optimizer, the check
     ("apollo", "channels = False", "channels = True", "apollo.Mini", definition), ("apollo", "(1 if self.channels else s)", "1", "apollo.Mini", definition), ("apollo", "a/b, torch.zeros_like(b)).sqrt()", "a/b, torch.zeros_like(b))", "apollo.APOLLO", definition),
     ("lowrank", "p.shape[0] >= p.shape[1]", "p.shape[0] < p.shape[1]", "apollo.APOLLO", definition), ("lowrank", "M/(V.sqrt() + g", "M/(V + g", "galore.GaLore", definition), ("lowrank", "alpha=1 - β1", "alpha=1.0", "apollo.APOLLO", definition), ("lowrank", "value=1 - β2", "value=β2", "galore.GaLore", definition),
     ("lowrank", "and not is_end(name)", "", "apollo.APOLLO", definition), ("lowrank", "/{name}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "/{refresh}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "r > min(p.shape)", "r > max(p.shape)", "apollo.APOLLO", lambda name: test_ranks_that_cannot_be_are_refused(name, 2, "rank=2")),
-    ("galore", "gram(Z))[1].flip(1)", "gram(Z))[1]", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()), ("galore", "[1].flip(1)[:,:r].contiguous()", "[1][:,:r].contiguous()", "galore.GaLore", definition), ("galore", "< 0, -1., 1.)", "> 0, -1., 1.)", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()),
+    ("galore", "gram(Z))[1].flip(1)", "gram(Z))[1]", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()), ("galore", "[1].flip(1)[:,:r].contiguous()", "[1][:,:r].contiguous()", "galore.GaLore", definition), ("galore", "< 0, -1, 1)", "> 0, -1., 1.)", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()),
     ("galore", '(t - 1) % g["gap"] == 0', 't == 1', "galore.GaLore", definition), ("galore", 'g["lr"]*g["alpha"]', 'g["lr"]', "galore.GaLore", definition),
     ("lion", "torch.lerp(g, m, β1)", "torch.lerp(g, m, β2)", "lion.Lion", definition), ("lion", ".sign_()", "", "lion.Lion", definition), ("lion", "1 - β2", "β2", "lion.Lion", definition), ("lion", 'group["lr"]*group["weight_decay"]', '0', "lion.Lion", definition),
     ("sophia", ".clamp_(-1, 1)", "", "sophia.Sophia", definition), ("sophia", 'group["gamma"]*h', 'h', "sophia.Sophia", definition), ("sophia", "1 - β2))", "β2))", "sophia.Sophia", definition), ("sophia", '% self.param_groups[0]["gap"] == 0', '% self.param_groups[0]["gap"] == 1', "sophia.Sophia", definition),

@@ -1,7 +1,8 @@
-"""Sharded parameters: equal to one process at any number of them, with no more numbers sent than was counted; one spawn a world size."""
-import json, os, subprocess, sys
+"""Sharded parameters: equal to one process at any number of them, with no more numbers sent than was counted."""
+import json
 
 import pytest
+from optimizer_processes import run
 
 CHILD = r'''
 import json, os, sys, torch, torch.distributed as dist
@@ -15,7 +16,7 @@ from paretolab.optimizers.stochastic_rounding import stochastic
 
 world, steps = int(os.environ["WORLD_SIZE"]), int(sys.argv[1])
 torch.set_num_threads(1)
-dist.init_process_group("gloo"); mesh = init_device_mesh("cpu", (world,))
+mesh = init_device_mesh("cpu", (world,))
 SHAPES = {"embed.weight": (11, 7), "up.weight": (96, 48), "down.weight": (48, 96), "odd.weight": (50, 33), "side.weight": (48, 96), "tiny.weight": (2, 5), "norm.weight": (33,)}
 DIMS = {n: n == "side.weight" for n in SHAPES}                             # one matrix is cut along its columns
 class Given(galore.GaLore): basis = staticmethod(lambda gram, r, start: torch.linalg.qr(start)[0][:,:r])         # a basis that no rounding touches
@@ -111,15 +112,7 @@ for name,(kind,kw) in {k: v for k,v in KINDS.items() if steps > 10 or k in ("Ada
         assert torch.equal(p.full_tensor(), q.full_tensor()), name                          # resumed to the bit
         assert torch.allclose(p.full_tensor(), w, rtol=1e-5, atol=1e-6), (name, (p.full_tensor() - w).abs().max())
 if dist.get_rank() == 0: print(json.dumps(result), flush=True)
-dist.barrier(); dist.destroy_process_group()                               # nobody leaves while another still listens
-os._exit(0)                                                                # gloo's threads have been seen to abort a process that was ending
 '''
-
-def spawn(world, steps):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--no-python", sys.executable, "-c", CHILD, str(steps)]
-    done = subprocess.run(run, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 # numbers sent in a step: rows of R for matrices that are not aligned, n*r, then the sums of all matrices in one message
 UNALIGNED = {"down.weight": 96, "tiny.weight": 5}
@@ -135,7 +128,7 @@ def expected(kind, world):
     return rows + sums, len(UNALIGNED) + 1
 
 def check(world, steps):
-    found = spawn(world, steps); k = 12 + 8
+    found = json.loads(run(CHILD, world, steps)); k = 12 + 8
     assert found.pop("refresh") == {"exact 0": 48*48, "exact 1": 96*48 + 48*48, "randomised 0": 4*48*k, "randomised 1": 4*(96*k + 48*k)}
     for kind,r in found.items():
         assert max(r["error"].values()) < 1e-5, (kind, r["error"])

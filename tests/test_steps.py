@@ -58,15 +58,40 @@ def test_other_processors_agree(target, tmp_path, monkeypatch):
     for name,kind in KINDS.items():
         P, _, was = run(kind); assert off(P, want[name][0], was) < (1e-4 if name == "GaLore" else 1e-5), name
 
-def test_threads_do_not_change_a_bit(monkeypatch):
-    W, G = torch.randn(2, 1100, 700); P = Sparse()("w", 0, 64, 700); got = []
+def of_many(W, G, wide, P, channels):
+    "W, M, V, norm after two steps."
+    turn = (lambda t: t.mT.contiguous().mT) if wide else torch.clone
+    w, state = turn(W), (torch.zeros(len(W), len(P)), torch.zeros(len(W), len(P)), torch.zeros(()))
+    for _ in range(2): assert steps.apollo([w], [turn(G)], [lambda: P], [state], channels, (.9, .999, 1e-6, 1.01), [(.1, .99)])
+    return w, *state
+
+def threads_and_blocks_are_right(monkeypatch):
+    "One thread and more, to the bit; channels of more than one block, against the same from doubles."
+    torch.manual_seed(0); W, G = torch.randn(2, 3000, 280); got = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        w, state = W.clone(), (torch.zeros(1100, 64), torch.zeros(1100, 64), torch.zeros(())); m = torch.zeros_like(W)
-        assert steps.apollo(w, G, lambda: P, state, True, (.9, .999, 1e-6, 1.01), (.1, .99)) and steps.lion([w], [G], [m], .01, (.9, .99), .99)
-        v = W.mT.contiguous().mT; assert steps.apollo(v, G.mT.contiguous().mT, lambda: P, tuple(s.clone() for s in state), True, (.9, .999, 1e-6, 1.01), (.1, .99))
-        got.append((w, m, v, *state))
-    for other in got[1:]: assert all(torch.equal(a, b) for a,b in zip(got[0], other))
+        with monkeypatch.context() as at:
+            at.setattr(torch, "get_num_threads", lambda: threads); m = torch.zeros_like(W); assert steps.lion([w := W.clone()], [G], [m], .01, (.9, .99), .99)
+            got.append([w, m, *(t for wide in (False, True) for r in (1, 16) for channels in (False, True) for t in of_many(W, G, wide, Sparse()("w", 0, r, 280), channels))])
+    for other in got[1:]: assert all(torch.equal(a, b) for a,b in zip(got[0], other, strict=True))
+    for wide in (False, True):
+        for g in (G, -2*G.flip(0)):                                            # memory of the first is there for the second
+            (R, c), P = steps.project(g.mT.contiguous().mT if wide else g, p := Sparse()("w", 0, 1, 280)), p.to_dense().double()
+            assert torch.allclose(R.double(), g.double() @ P.mT, atol=1e-3) and torch.allclose(c.double(), g.double().square().sum(1), rtol=1e-5)
+
+def test_threads_and_blocks_do_not_change_a_bit(monkeypatch): threads_and_blocks_are_right(monkeypatch)
+
+def test_many_are_as_each_alone_however_far_away():
+    torch.manual_seed(0); draw = Sparse(); found = []
+    shapes, P = [(40, 21), (33, 33), (1400, 1600)], [draw("w", 0, r, m) for r,m in ((6, 21), (1, 33), (8, 1600))]          # the last makes them too large for a cache
+    W, G = ([torch.randn(s) for s in shapes] for _ in range(2)); states = lambda: [(torch.zeros(s[0], len(p)), torch.zeros(s[0], len(p)), torch.zeros(())) for s,p in zip(shapes, P)]
+    assert steps._far(W) and not steps._far(W[:2])
+    for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
+        w, m, S = [x.clone() for x in W], [torch.zeros_like(x) for x in W], states()
+        for k in parts:
+            assert steps.apollo(w[k], G[k], [lambda p=p: p for p in P[k]], S[k], True, (.9, .999, 1e-6, 1.01), [(.1, .99), (.2, .9), (.3, 1.)][k])
+            assert steps.lion(w[k], G[k], m[k], .01, (.9, .99), .99)
+        found.append([*w, *m, *(t for s in S for t in s)])
+    assert all(torch.equal(a, b) for a,b in zip(*found, strict=True)) and not torch.equal(found[0][0], W[0])
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 20), st.integers(1, 5), st.booleans())
 @settings(max_examples=60, deadline=None)
@@ -82,8 +107,8 @@ def test_a_projection_is_part_of_the_saved_state(projection):
     o.load_state_dict(o.state_dict())
 
 MUTANTS = [("c = b1 * y + c1 * x", "c = b2 * y + c2 * x"), ("- (vec)(step & (c > 0))", "- (vec)(step & (c >= 0))"), ("b2 * y + c2 * x", "b1 * y + c1 * x"), ("to[k] += t.sign", "to[k] = t.sign"), ("squares[k] += v[k] * v[k]", "squares[k] += v[k]"),
-    ("l & d ? L + l : l + d", "l & d ? L + l : l"), ("for (; i < t.m; i++)", "for (; i < t.m - 1; i++)"), ("std::fill(R + from", "std::fill(R + from + 1"), ("p[i] * g[j]", "p[0] * g[j]"), ("c2 * (y * y)", "c2 * y"), ("(root(second) + eps)", "root(second)"),
-    ("before += y * y", "before += y"), ("step[of ? i : 0]", "step[0]"), ("keep * x[j] - step[j]", "x[j] - step[j]"), ("*norm > 0 && now > most", "now > most"), ("if (limited > 0) *norm", "*norm"), ("step[j] * step[j] : 1", "step[j] : 1"), ("(channels ? 1 : one)", "1")]
+    ("l & d ? L + l : l + d", "l & d ? L + l : l"), ("for (; i < t.m; i++)", "for (; i < t.m - 1; i++)"), ("std::fill(R + from", "std::fill(R + from + 1"), ("p[i] * v", "p[0] * v"), ("R[j] += p[i] * g[j]", "R[j] += p[0] * g[j]"), ("c[j] += g[j] * g[j]", "c[j] += g[j]"), ("return row<far, false>(w + from * columns", "return row<far, false>(w + from"), ("c2 * (y * y)", "c2 * y"), ("(root(second) + eps)", "root(second)"),
+    ("before += y * y", "before += y"), ("step + (of == 1 ? i : 0)", "step"), ("keep * x[j] - s[each ? j : 0]", "x[j] - s[each ? j : 0]"), ("keep * x[j] - s[each ? j : 0]", "keep * x[j] - s[0]"), ("keep * load(x + k)", "load(x + k)"), ("each ? load(s + k) : all(*s)", "all(*s)"), ("std::min(to, j + 2048)", "std::min(to, j + 1024)"), ("threads)) return 0;\n    return 1", "threads)) return 0; else break;\n    return 1"), ("*norm > 0 && now > most", "now > most"), ("if (limited > 0) *norm", "*norm"), ("step[j] * step[j] : 1", "step[j] : 1"), ("(channels ? 1 : one)", "1")]
 
 @pytest.mark.soak
 def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
@@ -92,10 +117,11 @@ def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
     def checks(lib):
         monkeypatch.setattr(native, "load", lambda source: lib)
         for name,kind in KINDS.items(): P, _, was = run(kind); assert off(P, want[name][0], was) < (1e-4 if name == "GaLore" else 1e-5)
-        W, state = torch.ones(3, 2), (torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(())); one = lambda G: steps.apollo(W, G, lambda: torch.ones(1, 2), state, True, (.9, .999, 1e-6, 1.01), (.1, 1.))
+        W, state = torch.ones(3, 2), (torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(())); one = lambda G: steps.apollo([W], [G], [lambda: torch.ones(1, 2)], [state], True, (.9, .999, 1e-6, 1.01), [(.1, 1.)])
         one(torch.zeros(3, 2)); one(torch.ones(3, 2)); norm = state[2].item(); assert (W < .999).all(); one(torch.zeros(3, 2)); assert state[2] == norm
         M = torch.zeros(40); W = torch.ones(40); steps.lion([W], [torch.zeros(40)], [M], .1, (.9, .99), 1.); assert (W == 1).all()
         R, M, V = torch.zeros(1, 32), torch.zeros(1, 32), torch.zeros(1, 32); steps.moments(R, M, V, (.9, .999), 1e-6); assert (R == 0).all()
+        threads_and_blocks_are_right(monkeypatch)
     for i,(old,new) in enumerate(MUTANTS):
         assert old in source, old
         (tmp_path/f"m{i}.cpp").write_text(source.replace(old, new)); lib = ctypes.CDLL(str(native.build(tmp_path/f"m{i}.cpp", tmp_path, f"m{i}", (shutil.which("g++"), *native._flags))))
@@ -116,7 +142,7 @@ def test_without_threads_it_is_done_and_without_memory_it_is_said(tmp_path, monk
     thread, memory = "others[i] = std::thread(part, a, to);", "std::vector<float> memory("
     whole, broken = run(thread, "", 1), run(thread, "throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again)); ")
     assert all(torch.equal(a, b) for a,b in zip(whole, broken, strict=True))
-    with pytest.raises(MemoryError, match="nothing has changed"): run(memory, "throw std::bad_alloc(); ")
+    with pytest.raises(MemoryError, match="its matrix has not changed"): run(memory, "throw std::bad_alloc(); ")
 
 def test_what_does_not_fit_never_reaches_c():
     with pytest.raises(TypeError, match="int32 rows"): steps.Sketch(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4), 2)
@@ -126,5 +152,5 @@ def test_what_does_not_fit_never_reaches_c():
     with pytest.raises(ValueError, match="column for each"): steps.project(G, torch.ones(1, 3))
     constants, rates, state = (.9, .99, 1e-6, 1.01), (.1, 1.), (torch.zeros(400, 2), torch.zeros(400, 2), torch.zeros(()))
     for G2, P, S, says in ((torch.ones(4000, 8), torch.ones(2, 8), state, "same columns"), (G, torch.ones(2, 7), state, "same columns"), (G, torch.ones(2, 8), (torch.zeros(1, 2), *state[1:]), "both moments"), (G, torch.ones(3, 8), state, "both moments"), (G, torch.ones(2, 8).double(), state, "is float32")):
-        with pytest.raises((ValueError, TypeError), match=says): steps.apollo(W, G2, lambda: P, S, True, constants, rates)
+        with pytest.raises((ValueError, TypeError), match=says): steps.apollo([torch.zeros(9, 8), W], [torch.ones(9, 8), G2], [lambda: torch.ones(1, 8), lambda: P], [(torch.zeros(9, 1), torch.zeros(9, 1), torch.zeros(())), S], True, constants, [rates]*2)
     assert not W.any()

@@ -28,7 +28,7 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #e25254cc
+# %% ../../../nbs/kernels/state_steps.ipynb #f9ee6a42
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("expanded", _I)] + \
@@ -59,53 +59,59 @@ _steps_at = _steps(state_codes.Expanded.places)
 
 def _rows(t): return t.view(len(t), math.prod(t.shape[1:]))
 def _flat(moment): return _rows(moment[0]), *moment[1:]
-def _at(t): return None if t is None else t.data_ptr()
-def _job(form, m, v=(), w=None, g=None, **numbers):
-    "What C++ reads; valid as long as the tensors live."
-    if odd := [t for t in (w, g, *m, *v) if t is not None and not (t.is_contiguous() and t.device.type == "cpu")]: raise ValueError(f"this step takes contiguous tensors on the processor (got {tuple(odd[0].shape)}, strides {odd[0].stride()}, on {odd[0].device})")
-    kinds = [(t, torch.float32) for t in (w, g)] + [(t, k) for x in (m, v) for t,k in zip(x, form.parts.values())]
-    if odd := [(t, k) for t,k in kinds if t is not None and t.dtype != k]: raise TypeError(f"this step takes weights and gradients of float32 and moments as the format keeps them (got {odd[0][0].dtype} in place of {odd[0][1]})")
-    blocks = len(m[0])*-(-math.prod(m[0].shape[1:])//form.block)
-    for x in (m, v or m):
-        if any(t is not None and t.shape != m[0].shape for t in (w, g, x[0])) or any(t.numel() != blocks for t in x[1:]): raise ValueError(f"weights, gradients and codes have one shape, with {blocks} scales for {tuple(m[0].shape)} (got {[tuple(t.shape) for t in (w, g, *x) if t is not None]})")
-    m, v = (*m, *[None]*(3 - len(m))), (*v, *[None]*(3 - len(v)))
-    return _Job(_at(w), _at(g), *map(_at, m), *map(_at, v), math.prod(m[0].shape[1:]), v[0] is None, form.kind, **numbers, decades=_at(_decades), curves=_at(_curves), powers=_at(_powers), planes=_at(_planes), borders=_at(_borders), steps=_at(_steps_at), shifts=_at(_shifts))
+def _at(t): return 0 if t is None else t.data_ptr()
+def _place(form, m, v=(), w=None, g=None):
+    "Where a matrix and its moments lie, its columns and rows; valid as long as the tensors live."
+    shape, kinds, both = m[0].shape, (*form.parts.values(),), (*m, *v)
+    columns = math.prod(shape[1:]); blocks = shape[0]*-(-columns//form.block)
+    for t,k in zip((w, g, *both), (torch.float32, torch.float32, *kinds, *kinds)):
+        if t is None: continue
+        if not (t.is_contiguous() and t.is_cpu): raise ValueError(f"this step takes contiguous tensors on the processor (got {tuple(t.shape)}, strides {t.stride()}, on {t.device})")
+        if t.dtype != k: raise TypeError(f"this step takes weights and gradients of float32 and moments as the format keeps them (got {t.dtype} in place of {k})")
+        if t is w or t is g or t is m[0] or (v and t is v[0]): fits = t.shape == shape
+        else: fits = t.numel() == blocks
+        if not fits: raise ValueError(f"weights, gradients and codes have one shape, with {blocks} scales for {tuple(shape)} (got {[tuple(t.shape) for t in (w, g, *both) if t is not None]})")
+    none = (0,)*(3 - len(kinds))
+    return _at(w), _at(g), *map(_at, m), *none, *(map(_at, v) if v else (0,)*len(kinds)), *none, columns, shape[0]
 
-def _step(lib, path, form, m, v, w, g, numbers):
-    if isinstance(w, FakeTensor): return
-    job = _job(form, m, v, w, g, **numbers)
-    lib.step(ctypes.byref(job), ctypes.c_int64(len(w)), torch.get_num_threads(), lib.best_path() if path is None else path)
+_tables = {n: _at(t) for n,t in dict(decades=_decades, curves=_curves, powers=_powers, planes=_planes, borders=_borders, steps=_steps_at, shifts=_shifts).items()}
+def _call(name, lib, path, form, places, *more, lion=False, **numbers):
+    "What all matrices share, then where each lies, ten numbers for each."
+    job, at = _Job(lion=lion, expanded=form.kind, **numbers, **_tables), (ctypes.c_int64*(10*len(places)))(*[x for p in places for x in p])
+    getattr(lib, name)(ctypes.byref(job), at, ctypes.c_int64(len(places)), *more, lib.best_path() if path is None else path)
+
+def _step(lib, path, form, M, V, W, G, numbers):
+    if any(isinstance(w, FakeTensor) for w in W): return
+    _call("step", lib, path, form, [_place(form, m, v, w, g) for m,v,w,g in zip(M, V, W, G, strict=True)], torch.get_num_threads(), lion=not any(V), **numbers)
 def _recode(lib, path, form, parts, x, signed, back):
-    if isinstance(x, FakeTensor): return
-    job = _job(form, parts)
-    lib.recode(ctypes.byref(job), _P(x.data_ptr()), ctypes.c_int64(len(x)), int(signed), int(back), lib.best_path() if path is None else path)
+    if not isinstance(x, FakeTensor): _call("recode", lib, path, form, [_place(form, parts)], _P(x.data_ptr()), int(signed), int(back))
 
-# %% ../../../nbs/kernels/state_steps.ipynb #c2f262b2
+# %% ../../../nbs/kernels/state_steps.ipynb #cf9900f6
 def adamw(
     form, # format of the moments: `Tree()` or `Expanded()` of `optimizers.state_codes`
-    w:Tensor, # weights θ, (R, ...) float32; changed in place
-    g:Tensor, # gradients, (R, ...) float32
-    m:tuple, # first moment: codes (R, ...), and for each block its scale, and power; changed in place
-    v:tuple, # second moment
+    W:list, # weights θ, (R, ...) float32; changed in place
+    G:list, # their gradients, (R, ...) float32
+    M:list, # their first moments, each a tuple: codes (R, ...), and for each block its scale, and power; changed in place
+    V:list, # their second moments
     path:int|None=None, # 0: any processor, 1: AVX2, 2: AVX-512; None: the best here
     **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η', eps = ϵ'
 )->None:
-    "One step of AdamW in one pass."
-    if (lib := native.load("state_steps.cpp")) is None: return _adamw(form, _rows(w), _rows(g), _flat(m), _flat(v), **numbers)
-    _step(lib, path, form, m, v, w, g, numbers)
+    "One step of AdamW, in one pass over each matrix."
+    if (lib := native.load("state_steps.cpp")) is not None: return _step(lib, path, form, M, V, W, G, numbers)
+    for w,g,m,v in zip(W, G, M, V, strict=True): _adamw(form, _rows(w), _rows(g), _flat(m), _flat(v), **numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #73fbf22c
+# %% ../../../nbs/kernels/state_steps.ipynb #4ae02013
 def lion(
     form, # format of the moment
-    w:Tensor, # weights θ, (R, ...) float32; changed in place
-    g:Tensor, # gradients, (R, ...) float32
-    m:tuple, # momentum: codes (R, ...), and for each block its scale, and power; changed in place
+    W:list, # weights θ, (R, ...) float32; changed in place
+    G:list, # their gradients, (R, ...) float32
+    M:list, # their momenta, each a tuple: codes (R, ...), and for each block its scale, and power; changed in place
     path:int|None=None, # 0: any processor, 1: AVX2, 2: AVX-512; None: the best here
     **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η
 )->None:
-    "One step of Lion in one pass."
-    if (lib := native.load("state_steps.cpp")) is None: return _lion(form, _rows(w), _rows(g), _flat(m), **numbers)
-    _step(lib, path, form, m, (), w, g, numbers)
+    "One step of Lion, in one pass over each matrix."
+    if (lib := native.load("state_steps.cpp")) is not None: return _step(lib, path, form, M, [()]*len(W), W, G, numbers)
+    for w,g,m in zip(W, G, M, strict=True): _lion(form, _rows(w), _rows(g), _flat(m), **numbers)
 
 # %% ../../../nbs/kernels/state_steps.ipynb #17626d28
 def encode(

@@ -11,27 +11,29 @@ from dataclasses import dataclass
 from torch import Tensor
 from . import native
 
-# %% ../../../nbs/kernels/steps.ipynb #6d4fa57e
-_types = dict(lion="iPPPPffffff", sketch="piiippiipp", direction="piiippp", moments="pppiifffffpp", apply="ppiiipf", apollo="ppppppppppiiiiiiffffffff")
+# %% ../../../nbs/kernels/steps.ipynb #c7cdf80f
+_types = dict(lion="iPPPPiffffff", sketch="piiippiipp", direction="piiippp", moments="pppiifffffpp", apply="ppiiiipf", apollo="pipiiffffff")
 _c = dict(p=ctypes.c_void_p, P=ctypes.c_void_p, i=ctypes.c_int64, f=ctypes.c_float)
 
 def _library(*tensors):
     "The compiled passes, if they can take these tensors."
     for t in tensors:
-        if t.dtype != torch.float32 or type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu": return None
+        if t.dtype != torch.float32 or type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu: return None
     return native.load("steps.cpp")
 
 def _call(lib, name, *args):
     "Tensors as pointers, then the number of threads."
     f = getattr(lib, name)
     if f.argtypes is None: f.restype, f.argtypes = ctypes.c_int32 if name in ("sketch", "apollo") else None, [*map(_c.get, _types[name]), ctypes.c_int64]
-    if f(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], torch.get_num_threads()) == 0: raise MemoryError("there is no memory for the sums of a sketch of this rank; nothing has changed")
+    if f(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], torch.get_num_threads()) == 0: raise MemoryError("there is no memory for the sums of a sketch of this rank; its matrix has not changed")
+
+def _far(tensors): return sum(t.numel() for t in tensors) > 2**21               # more than a cache holds
 
 def _tall(*matrices):
     "Rows lie together: True; columns: False; neither, or not all alike: None."
     return True if all(t.is_contiguous() for t in matrices) else False if all(t.mT.is_contiguous() for t in matrices) else None
 
-# %% ../../../nbs/kernels/steps.ipynb #ec036c4f
+# %% ../../../nbs/kernels/steps.ipynb #2accba1e
 def lion(
     W:list, # tensors θ, changed in place
     G:list, # their gradients g
@@ -43,7 +45,7 @@ def lion(
     "Lion's step of many tensors, in one pass over each."
     if (lib := _library(*W, *G, *M)) is None or not all(w.shape == g.shape == m.shape and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() for w,g,m in zip(W, G, M, strict=True)): return False
     at = [(ctypes.c_void_p*len(W))(*[t.data_ptr() for t in part]) for part in (W, G, M)]
-    _call(lib, "lion", len(W), *at, (ctypes.c_int64*len(W))(*[t.numel() for t in W]), keep, lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1])
+    _call(lib, "lion", len(W), *at, (ctypes.c_int64*len(W))(*[t.numel() for t in W]), _far(W), keep, lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1])
     return True
 
 # %% ../../../nbs/kernels/steps.ipynb #d7d65906
@@ -91,7 +93,7 @@ def moments(
     _call(lib, "moments", R, M, V, *R.shape, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, a, b)
     return a, b
 
-# %% ../../../nbs/kernels/steps.ipynb #d98a3605
+# %% ../../../nbs/kernels/steps.ipynb #017a8978
 def apply(
     W:Tensor, # weights, (n, m), changed in place
     G:Tensor, # gradient, (n, m)
@@ -100,33 +102,49 @@ def apply(
 )->bool: # was it done?
     "Shrink the weights and take the scaled gradient off."
     if (tall := _tall(W, G)) is None or (lib := _library(W, G, step)) is None or W.shape != G.shape or step.shape not in ((), W.shape[:1]) or not step.is_contiguous(): return False
-    _call(lib, "apply", W, G, *(W.shape if tall else W.mT.shape), (1 if tall else 2) if step.ndim else 0, step, keep)
+    _call(lib, "apply", W, G, *(W.shape if tall else W.mT.shape), (1 if tall else 2) if step.ndim else 0, _far([W]), step, keep)
     return True
 
-# %% ../../../nbs/kernels/steps.ipynb #c694cbbf
+# %% ../../../nbs/kernels/steps.ipynb #43533d73
+class _Matrix(ctypes.Structure):
+    _fields_ = [*((k, ctypes.c_void_p) for k in ("w", "g", "at", "sign", "p", "R", "M", "V", "norm")), *((k, ctypes.c_int64) for k in ("n", "m", "tall", "s", "r")), ("lr", ctypes.c_float), ("keep", ctypes.c_float)]
+
 def _fits(W, G, P, M, V, norm):
     "Refuse a projection or a state of another matrix."
-    n, m, r, columns = *G.shape, len(P), (P.at if isinstance(P, Sketch) else P).shape[1]
+    (n, m), (r, columns) = G.shape, (P.r, P.at.shape[1]) if isinstance(P, Sketch) else P.shape
     if not isinstance(P, Sketch) and P.dtype != torch.float32: raise TypeError(f"a projection is float32 (got {P.dtype})")
     if W.shape != G.shape or columns != m: raise ValueError(f"weights, gradient and projection have the same columns (got {tuple(W.shape)}, {tuple(G.shape)} and {columns})")
     if M.shape != (n, r) or V.shape != (n, r) or norm.numel() != 1: raise ValueError(f"both moments are {(n, r)} and the norm is one number (got {tuple(M.shape)}, {tuple(V.shape)} and {tuple(norm.shape)})")
 
+def _matrix(W, G, P, state, tall, rates, R):
+    "What C++ has to know of a matrix, and the tensors that have to live as long; R is made already if the projection is dense."
+    r, s, at, sign, row, (M, V, norm) = len(P), 0, None, None, None, state
+    if r == 1: row = _row(P); p = row.data_ptr()
+    else:
+        p = None
+        if isinstance(P, Sketch): s, at, sign = P.at.shape[0], P.at.data_ptr(), P.sign.data_ptr()
+    return _Matrix(W.data_ptr(), G.data_ptr(), at, sign, p, R.data_ptr(), M.data_ptr(), V.data_ptr(), norm.data_ptr(), *G.shape, tall, s, r, *rates), (P, row, R)
+
+# %% ../../../nbs/kernels/steps.ipynb #b435988e
 def apollo(
-    W:Tensor, # weights, (n, m), changed in place
-    G:Tensor, # gradient, (n, m)
-    draw, # gives the projection P, (r, m); called only if it is used
-    state:tuple, # M, V (n, r) and the norm of the last update, a number; changed in place
+    W:list, # weights, (n, m), changed in place
+    G:list, # their gradients, (n, m)
+    draws:list, # each gives a projection P, (r, m); called only if it is used
+    states:list, # of each M, V (n, r) and the norm of the last update, a number; changed in place
     channels:bool, # a scale for each channel? else one for all
     constants:tuple, # β₁, β₂, ϵ, γ
-    rates:tuple, # η, 1 - ηλ
+    rates:list, # of each η, 1 - ηλ
 )->bool: # was it done?
-    "APOLLO's step of one matrix."
-    if (tall := _tall(W, G)) is None or (lib := _library(W, G, *state)) is None or not all(t.is_contiguous() for t in state): return False
-    (n, m), (β1, β2, ϵ, γ), P = G.shape, constants, draw()
-    _fits(W, G, P, *state)
-    r, sums, table, row = len(P), G.new_empty(4, n), (None, None), None
-    if r == 1: R, row = G.new_empty(n, 1), _row(P)
-    elif isinstance(P, Sketch): R, table = G.new_empty(n, r), (P.at, P.sign)
-    else: R = G @ P.mT
-    _call(lib, "apollo", W, G, *table, row, R, *state, sums, n, m, tall, len(P.at) if isinstance(P, Sketch) else 0, r, channels, β1, 1 - β1, β2, 1 - β2, ϵ, γ, *rates)
+    "APOLLO's step of many matrices: each is projected, measured and moved while the cache has it."
+    tall = [_tall(w, g) for w,g in zip(W, G, strict=True)]
+    if None in tall or (lib := _library(*W, *G, *(t for s in states for t in s))) is None or not all(t.is_contiguous() for s in states for t in s): return False
+    (β1, β2, ϵ, γ), far, many = constants, _far(W), []
+    sums, scratch = W[0].new_empty(4*max(map(len, W))), None
+    def run(rows): _call(lib, "apollo", (_Matrix*len(rows))(*(m for m,_ in rows)), len(rows), sums, channels, far, β1, 1 - β1, β2, 1 - β2, ϵ, γ)
+    for w,g,draw,state,*how in zip(W, G, draws, states, tall, rates):
+        _fits(w, g, P := draw(), *state)
+        if len(P) > 1 and not isinstance(P, Sketch): run([_matrix(w, g, P, state, *how, g @ P.mT)]); continue
+        if scratch is None: scratch = W[0].new_empty(max(s[0].numel() for s in states))     # R of any of them
+        many.append(_matrix(w, g, P, state, *how, scratch))
+    if many: run(many)
     return True

@@ -10,7 +10,7 @@ import torch
 from torch.optim.adamw import adamw as fused
 from .contract import Optimizer, local, working
 
-# %% ../../../nbs/optimizers/adamw.ipynb #558df4a9
+# %% ../../../nbs/optimizers/adamw.ipynb #662d95cb
 def adamw(
     o:Optimizer, # whose state holds the moments
     g:dict, # group, with lr, betas, eps, weight_decay, maximize
@@ -18,7 +18,7 @@ def adamw(
 ):
     "One step of torch's fused AdamW."
     few, params = [p for p in params if o.states.small(p.shape)], [p for p in params if not o.states.small(p.shape)]
-    for p in few: o.states.adamw(o, g, p)
+    if few: o.states.adamw(o, g, few)
     as_it_is = lambda p: p.dtype == working(p) and local(p).is_contiguous()
     for part in [[p for p in params if as_it_is(p)], *([p] for p in params if not as_it_is(p))]:
         for p in part: o.begin(p, **{} if o.state[p] else {k: torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")})

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['APOLLO', 'Mini']
 
-# %% ../../../nbs/optimizers/apollo.ipynb #1a6937fe
+# %% ../../../nbs/optimizers/apollo.ipynb #93a6ae1f
 import torch
+from functools import partial
 from fastcore.basics import patch
 from .adamw import adamw
+from .contract import Whole
 from ..kernels import steps
 from .lowrank import Layout, LowRank, Sparse, rank_of, total
 
-# %% ../../../nbs/optimizers/apollo.ipynb #e93e53e7
+# %% ../../../nbs/optimizers/apollo.ipynb #896e1321
 class APOLLO(LowRank):
     "Each channel of a matrix scaled by what AdamW does to a random projection of it."
     channels, growth, projection = True, 1.01, Sparse()
@@ -39,21 +41,30 @@ class APOLLO(LowRank):
 
     def update(self, g, named):
         if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
-        left = [(n, p, layout, t) for n,p in named for layout,t in [self._start(g, p)] if layout.group or not self._whole(g, n, p, layout, t)]
+        names, left = {p: n for n,p in named}, []
+        for part in self.batches(g, list(names), type(self.states) is Whole): left += self._part(g, [(names[p], p) for p in part])
         scales = [self._scale(g, *x) for x in left]
         sums = total([x[2] for x in left], [s[-1] for s in scales])
         for (_,p,layout,t),(s,_),x in zip(left, scales, sums): self._apply(g, p, layout, t, s, x)
 
-# %% ../../../nbs/optimizers/apollo.ipynb #67af5dab
+# %% ../../../nbs/optimizers/apollo.ipynb #ff64bfb0
 @patch
-def _start(self:APOLLO, g, p):
-    "State of the first step, and the number of this one."
-    layout, r = Layout(p), rank_of(p.shape, g["rank"])
-    if not self.state[p]:
-        W = layout.rows(self.weight(p).detach())
-        self.begin(p, exp_avg=layout.zeros(W, r), exp_avg_sq=layout.zeros(W, r))
-        self.state[p]["norm"] = W.new_zeros(())
-    return layout, self.tick(p)
+def _start(self:APOLLO, g, p, layout):
+    "State of the first step."
+    if self.state[p]: return
+    W, r = layout.rows(self.weight(p).detach()), rank_of(p.shape, g["rank"])
+    self.begin(p, exp_avg=layout.zeros(W, r), exp_avg_sq=layout.zeros(W, r))
+    self.state[p]["norm"] = W.new_zeros(())
+
+@patch
+def _part(self:APOLLO, g, named):
+    "Step those that can be in one call; the others, with their numbers of this step."
+    layouts = [Layout(p) for _,p in named]
+    for (_,p),layout in zip(named, layouts): self._start(g, p, layout)
+    ready = [(n, p, layout, t) for (n,p),layout,t in zip(named, layouts, self.ticks([p for _,p in named]))]
+    whole = [x for x in ready if not x[2].group]
+    if whole and self._whole(g, whole): return [x for x in ready if x[2].group]
+    return [x for x in ready if x[2].group or len(whole) == 1 or not self._whole(g, [x])]
 
 @patch
 def _draw(self:APOLLO, g, n, p, layout, t): return self.drawn(n, p, (t - 1)//g["gap"], rank_of(p.shape, g["rank"]), layout.m)
@@ -62,15 +73,14 @@ def _rates(g, t): # of the update, with AdamW's correction, and what is left of 
     β1, β2 = g["betas"]
     return g["lr"]*g["alpha"]*(1 - β2**t)**0.5/(1 - β1**t), 1 - g["lr"]*g["weight_decay"]
 
-# %% ../../../nbs/optimizers/apollo.ipynb #e7ebac76
+# %% ../../../nbs/optimizers/apollo.ipynb #1af2571d
 @patch
-def _whole(self:APOLLO, g, n, p, layout, t):
-    "All of the step, in C++ if that can be; was it done?"
-    w, state = self.weight(p).detach(), self.state[p]
-    M, V = (self.states.read(state, k) for k in ("exp_avg", "exp_avg_sq"))
-    norm = state["norm"].clone()
-    if not steps.apollo(layout.rows(w), layout.rows(self.gradient(g, p)), lambda: self._draw(g, n, p, layout, t), (M, V, norm), self.channels, (*g["betas"], g["eps"], self.growth), _rates(g, t)): return False
-    self.states.write(state, "exp_avg", M); self.states.write(state, "exp_avg_sq", V); state["norm"] = norm; self.put(p, w)
+def _whole(self:APOLLO, g, ready):
+    "All of the step of these matrices, in C++ if that can be; was it done?"
+    W, G = [self.weight(p).detach() for _,p,_,_ in ready], [l.rows(self.gradient(g, p)) for _,p,l,_ in ready]
+    states = [(*(self.states.read(self.state[p], k) for k in ("exp_avg", "exp_avg_sq")), self.state[p]["norm"]) for _,p,_,_ in ready]
+    if not steps.apollo([l.rows(w) for (_,_,l,_),w in zip(ready, W)], G, [partial(self._draw, g, *x) for x in ready], states, self.channels, (*g["betas"], g["eps"], self.growth), [_rates(g, t) for *_,t in ready]): return False
+    for (_,p,_,_),w,(M,V,_) in zip(ready, W, states): self.states.write(self.state[p], "exp_avg", M); self.states.write(self.state[p], "exp_avg_sq", V); self.put(p, w)
     return True
 
 # %% ../../../nbs/optimizers/apollo.ipynb #8f1dd85d

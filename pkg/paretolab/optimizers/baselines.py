@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['NAdamW', 'Adafactor', 'SOAP', 'ScheduleFree']
 
-# %% ../../../nbs/optimizers/baselines.ipynb #5e8a0532
+# %% ../../../nbs/optimizers/baselines.ipynb #271bc039
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim._adafactor import adafactor
 from torch.optim.nadam import nadam
 from .adamw import adamw
-from .contract import Optimizer, is_end, working
+from .contract import _number, Optimizer, is_end, working
 
-# %% ../../../nbs/optimizers/baselines.ipynb #325c6952
+# %% ../../../nbs/optimizers/baselines.ipynb #8f610abd
 class NAdamW(Optimizer):
     "AdamW with Nesterov's momentum, as torch computes it."
     def __init__(self,
@@ -35,14 +34,14 @@ class NAdamW(Optimizer):
     def update(self, g, named):
         for _,p in named:
             if not (state := self.state[p]):
-                self.begin(p, **{k: torch.zeros_like(p, dtype=working(p)) for k in ("exp_avg", "exp_avg_sq")}); state["mu_product"] = torch.tensor(1.)
-            w, t = self.weight(p).detach(), torch.tensor(float(self.tick(p) - 1))
+                self.begin(p, **{k: torch.zeros_like(p, dtype=working(p)) for k in ("exp_avg", "exp_avg_sq")}); state["mu_product"] = _number(1)
+            w, t = self.weight(p).detach(), _number(self.tick(p) - 1)
             m, v = (self.states.read(state, k) for k in ("exp_avg", "exp_avg_sq"))
             nadam([w], [self.gradient(g, p)], [m], [v], [state["mu_product"]], [t], decoupled_weight_decay=True, foreach=False,
                 beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"], momentum_decay=4e-3, eps=g["eps"])
             self.states.write(state, "exp_avg", m); self.states.write(state, "exp_avg_sq", v); self.put(p, w)
 
-# %% ../../../nbs/optimizers/baselines.ipynb #2c6b10e7
+# %% ../../../nbs/optimizers/baselines.ipynb #dbce7e2a
 class Adafactor(Optimizer):
     "Second moments as a row and a column, as torch computes it."
     def __init__(self,
@@ -67,7 +66,7 @@ class Adafactor(Optimizer):
         for _,p in named:
             slots = self.slots(g["rule"], tuple(p.shape)); slots.pop("step")
             if not (state := self.state[p]): self.begin(p, **{k: torch.zeros(s, dtype=working(p), device=p.device) for k,s in slots.items()})
-            w, t = self.weight(p).detach(), torch.tensor(float(self.tick(p) - 1))
+            w, t = self.weight(p).detach(), _number(self.tick(p) - 1)
             adafactor([w], [self.gradient(g, p)], *([state.get(k)] for k in ("row_var", "col_var", "variance")), [t], foreach=False,
                 d=1., lr=g["lr"], beta2_decay=-0.8, weight_decay=g["weight_decay"], eps1=None, eps2=g["eps"], maximize=False)
             self.put(p, w)
@@ -75,7 +74,7 @@ class Adafactor(Optimizer):
 # %% ../../../nbs/optimizers/baselines.ipynb #9f02b86b
 def _whole(named):
     "Refuse sharded parameters."
-    if odd := [n for n,p in named if isinstance(p, DTensor)]: raise ValueError(f"this optimizer needs whole parameters (got the sharded {odd[0]!r}); replicate them, or take optimizers.adamw or optimizers.apollo")
+    if odd := [n for n,p in named if hasattr(p, "placements")]: raise ValueError(f"this optimizer needs whole parameters (got the sharded {odd[0]!r}); replicate them, or take optimizers.adamw or optimizers.apollo")
 
 # %% ../../../nbs/optimizers/baselines.ipynb #4d27445b
 def _library(name):
@@ -120,7 +119,7 @@ class SOAP(Optimizer):
         o.step(); s = o.state[w]
         state.update({k: x.contiguous() for k,x in [(k, s[k]) for k in ("exp_avg", "exp_avg_sq")] + [(f"{k}{i}", x) for k in ("GG", "Q") for i,x in enumerate(s[k])]}); self.put(p, w)
 
-# %% ../../../nbs/optimizers/baselines.ipynb #b4e33682
+# %% ../../../nbs/optimizers/baselines.ipynb #71756f36
 class ScheduleFree(Optimizer):
     "AdamW whose iterates are averaged instead of its learning rate lowered."
     def __init__(self,
@@ -149,10 +148,10 @@ class ScheduleFree(Optimizer):
     def _step(self, g, p):
         state, w = self.state[p], self.weight(p).detach(); w.grad = self.gradient(g, p).clone()
         o = _library("schedulefree").AdamWScheduleFree([w], lr=g["lr"], betas=g["betas"], eps=g["eps"], weight_decay=g["weight_decay"], foreach=False)
-        if not state: self.begin(p, z=w.clone(), exp_avg_sq=torch.zeros_like(w)); state.update(weight_sum=torch.tensor(0.), lr_max=torch.tensor(-1.))
+        if not state: self.begin(p, z=w.clone(), exp_avg_sq=torch.zeros_like(w)); state.update(weight_sum=_number(0), lr_max=_number(-1))
         o.state[w] = dict(z=state["z"], exp_avg_sq=state["exp_avg_sq"])
         inner = o.param_groups[0]; inner.update(train_mode=True, k=self.tick(p) - 1, weight_sum=float(state["weight_sum"]), lr_max=float(state["lr_max"]))
-        o.step(); state.update(weight_sum=torch.tensor(inner["weight_sum"]), lr_max=torch.tensor(inner["lr_max"])); self.put(p, w)
+        o.step(); state.update(weight_sum=_number(inner["weight_sum"]), lr_max=_number(inner["lr_max"])); self.put(p, w)
 
     def eval(self): self._turn(True)
     def train(self): self._turn(False)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['is_end', 'local', 'Whole', 'working', 'Optimizer']
 
-# %% ../../../nbs/optimizers/contract.ipynb #cfd2161f
-import math, re
-import torch
+# %% ../../../nbs/optimizers/contract.ipynb #55286776
+import inspect, math, re
+from types import SimpleNamespace
+import numpy as np, torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 # %% ../../../nbs/optimizers/contract.ipynb #2dbaa9c0
 def _check(
@@ -38,7 +38,7 @@ def local(
     t:Tensor, # a tensor, perhaps sharded
 )->Tensor: # what of it lies in this process
     "This process's part of a tensor, sharing its memory."
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if hasattr(t, "placements") else t
 
 # %% ../../../nbs/optimizers/contract.ipynb #c12e836f
 class Whole:
@@ -121,7 +121,10 @@ class _Ledger:
             print(f"{n:<26} {str(shapes[n]):<12} {rule + ', not decayed'*(len(shapes[n]) != 2):<20} {_bytes(cls, rule, shapes[n], rank):>9,} bytes")
         return rules
 
-# %% ../../../nbs/optimizers/contract.ipynb #dea25a37
+# %% ../../../nbs/optimizers/contract.ipynb #91b752f6
+def _number(x): return torch.tensor(x, dtype=torch.float32, device="cpu")     # of the state, whatever torch's default type and device are
+
+# %% ../../../nbs/optimizers/contract.ipynb #24bdd23a
 class _Work:
     "What a rule works on."
     def gradient(self, g, p):
@@ -134,13 +137,26 @@ class _Work:
         "The slots of a parameter's first step."
         if self.state[p]: return
         for k,z in zeros.items(): self.states.begin(self.state[p], k, z)
-        self.state[p]["step"] = torch.tensor(0.)
-    def tick(self, p):
-        "The number of this step, from 1."
-        self.state[p]["step"] = t = self.state[p]["step"] + 1
-        return int(t)
+        self.state[p]["step"] = _number(0)
+    def ticks(self, params):
+        "The number of this step of each, from 1."
+        held = [self.state[p] for p in params]
+        for s,t in zip(held, torch._foreach_add([s["step"] for s in held], 1)): s["step"] = t      # new tensors: a saved state keeps the old ones
+        return [int(s["step"]) for s in held]
+    def tick(self, p): return self.ticks([p])[0]
+    def batches(self, g, params, kept=True): # can moments be worked on as they are kept?
+        "All parameters of which nothing has to be copied together, the others one by one."
+        alike = lambda p: kept and not g["maximize"] and p.dtype == working(p) and local(p).is_contiguous() and local(p.grad).is_contiguous()
+        many, alone = [p for p in params if alike(p)], [[p] for p in params if not alike(p)]
+        return [many, *alone] if many else alone
 
-# %% ../../../nbs/optimizers/contract.ipynb #88f1ec0d
+# %% ../../../nbs/optimizers/contract.ipynb #5e0c9d17
+_bare = SimpleNamespace(**{k: inspect.unwrap(getattr(torch.optim.Optimizer, k)) for k in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")})
+
+# %% ../../../nbs/optimizers/contract.ipynb #d2497114
+def _plain(x): return {k: _plain(v) for k,v in x.items()} if isinstance(x, dict) else type(x)(map(_plain, x)) if isinstance(x, (list, tuple)) else x.item() if isinstance(x, np.generic) else x
+
+# %% ../../../nbs/optimizers/contract.ipynb #7c97aedd
 class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
     "What every optimizer of the family shares."
     def __init__(self,
@@ -150,6 +166,9 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         self.rounding = lambda p, w: local(p).copy_(w)
         super().__init__([dict(params=list(named_parameters))], defaults)
 
+    def zero_grad(self, set_to_none=True): _bare.zero_grad(self, set_to_none)
+    def __getstate__(self): raise TypeError("an optimizer is neither copied nor pickled, because its rounding and its projections belong to its parameters (got copy.deepcopy or pickle); make one of the new parameters and load `state_dict()`")
+    def state_dict(self): return {k: _plain(v) if k == "param_groups" else v for k,v in _bare.state_dict(self).items()}
     def admit(self, rule, named, group): pass # a subclass refuses here what its rule cannot do
 
     def add_param_group(self, group):
@@ -164,7 +183,13 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
             self.admit(rule, part, g)
             for n,p in part: self.states.admit(n, p, self.slots(rule, tuple(p.shape), g.get("rank")))
         for (rule,decayed),part in parts.items():
-            super().add_param_group({**options, "params": part, "shapes": [list(p.shape) for _,p in part], "rule": rule, "weight_decay": float(g["weight_decay"]*decayed)})
+            _bare.add_param_group(self, {**options, "params": part, "shapes": [list(p.shape) for _,p in part], "rule": rule, "weight_decay": float(g["weight_decay"]*decayed)})
+
+    def refuse(self):
+        "Rates and gradients that no rule can take, before anything changes."
+        for g in self.param_groups:
+            if not 0 <= g["lr"] < math.inf: raise ValueError(f"the learning rate of a step is at least 0 (got lr={float(g['lr'])}); look at its schedule")
+            for each in zip(g["param_names"], g["params"], g["shapes"]): _refuse(*each)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -172,8 +197,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for g in self.param_groups:
-            for each in zip(g["param_names"], g["params"], g["shapes"]): _refuse(*each)
+        self.refuse()
         for g in self.param_groups:
             named = [(n, p) for n,p in zip(g["param_names"], g["params"]) if p.grad is not None and p.numel()]
             if named: self.update(g, named)
@@ -191,7 +215,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
         "Load a saved state; every tensor keeps the type it was saved in."
         _same(self.param_groups, state_dict["param_groups"])
         for g,saved in zip(self.param_groups, state_dict["param_groups"]): self._fit(g, [state_dict["state"].get(i, {}) for i in saved["params"]])
-        super().load_state_dict(state_dict)
+        _bare.load_state_dict(self, state_dict)
         ids, params = ([p for g in groups for p in g["params"]] for groups in (state_dict["param_groups"], self.param_groups))
         for i,p in zip(ids, params):
             if i in state_dict["state"]: self.state[p] = {k: v.detach().clone(memory_format=torch.contiguous_format).to("cpu" if k == "step" else p.device) for k,v in state_dict["state"][i].items()}

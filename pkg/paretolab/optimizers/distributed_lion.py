@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['bits', 'encode', 'decode', 'vote', 'DistributedLion']
 
-# %% ../../../nbs/optimizers/distributed_lion.ipynb #807ea892
+# %% ../../../nbs/optimizers/distributed_lion.ipynb #bdc35f6e
 import json, zlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from fastcore.basics import patch
-from .contract import Optimizer, _refuse, working
+from .contract import Optimizer, working
 
 # %% ../../../nbs/optimizers/distributed_lion.ipynb #1f48f410
 def bits(
@@ -85,7 +84,7 @@ class DistributedLion(Optimizer):
     @staticmethod
     def slots(rule, shape, rank=None): return dict(exp_avg=shape, step=())
     def admit(self, rule, named, group):
-        if odd := [n for n,p in named if isinstance(p, DTensor)]: raise ValueError(f"workers vote on whole parameters, each with its own gradient (got the sharded {odd[0]!r}, whose gradients are summed before anyone sees them); replicate them, or take optimizers.lion")
+        if odd := [n for n,p in named if hasattr(p, "placements")]: raise ValueError(f"workers vote on whole parameters, each with its own gradient (got the sharded {odd[0]!r}, whose gradients are summed before anyone sees them); replicate them, or take optimizers.lion")
 
     def load_state_dict(self, state_dict):
         "Load what this worker saved."
@@ -119,14 +118,13 @@ def _any(self:DistributedLion, flags):
     if self.workers > 1: dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
     return [bool(x) for x in t.tolist()]
 
-# %% ../../../nbs/optimizers/distributed_lion.ipynb #82aab213
+# %% ../../../nbs/optimizers/distributed_lion.ipynb #0bbf3b6e
 @patch
 def step(self:DistributedLion, closure=None):
     "One step, after the closure's loss if there is one; that loss."
     with torch.enable_grad(): loss = closure() if closure is not None else None
     every, refusal = [each for g in self.param_groups for each in zip(g["param_names"], g["params"], g["shapes"])], None
-    try:
-        for each in every: _refuse(*each)
+    try: self.refuse()
     except ValueError as e: refusal = e
     *some, refused = self._any([p.grad is not None for _,p,_ in every] + [refusal is not None])
     if refused: raise refusal or ValueError(f"another worker refuses its gradients, so no weight has moved (this is worker {self.worker} of {self.workers}); its own error says which")

@@ -13,10 +13,10 @@ from fastcore.basics import patch
 from .adamw import adamw
 from .lowrank import Gaussian, Layout, LowRank, rank_of
 
-# %% ../../../nbs/optimizers/galore.ipynb #35bcbd14
+# %% ../../../nbs/optimizers/galore.ipynb #a16b8ae3
 def _signed(Q):
     "Each column with its largest entry positive."
-    return Q*torch.where(Q.gather(0, Q.abs().argmax(0, keepdim=True)) < 0, -1., 1.)
+    return Q*torch.where(Q.gather(0, Q.abs().argmax(0, keepdim=True)) < 0, -1, 1)
 
 # %% ../../../nbs/optimizers/galore.ipynb #209d4b37
 def exact(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Lion']
 
-# %% ../../../nbs/optimizers/lion.ipynb #bb019576
+# %% ../../../nbs/optimizers/lion.ipynb #d745ad94
 import torch
 from ..kernels import steps
-from .contract import Optimizer, Whole, working
+from .contract import Optimizer, working
 
-# %% ../../../nbs/optimizers/lion.ipynb #16e1e04e
+# %% ../../../nbs/optimizers/lion.ipynb #6637195c
 class Lion(Optimizer):
     "The sign of an interpolated momentum, for every parameter."
     def __init__(self,
@@ -29,17 +29,14 @@ class Lion(Optimizer):
     def slots(rule, shape, rank=None): return dict(exp_avg=shape, step=())
 
     def update(self, group, named):
-        as_it_is = lambda p: type(self.states) is Whole and p.dtype == working(p) and not group["maximize"]     # nothing has to be copied: all at once
-        for part in [[p for _,p in named if as_it_is(p)], *([p] for _,p in named if not as_it_is(p))]: self._part(group, part)
+        for part in self.batches(group, [p for _,p in named]): self._part(group, part)
 
     def _part(self, group, params):
         (β1, β2), η, keep = group["betas"], group["lr"], 1 - group["lr"]*group["weight_decay"]
         for p in params:
             if not self.state[p]: self.begin(p, exp_avg=torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format))
-        if not params: return
-        held = [self.state[p] for p in params]
-        for s,t in zip(held, torch._foreach_add([s["step"] for s in held], 1)): s["step"] = t
-        Θ, G, M = [self.weight(p) for p in params], [self.gradient(group, p) for p in params], [self.states.read(s, "exp_avg") for s in held]
+        self.ticks(params)
+        Θ, G, M = [self.weight(p) for p in params], [self.gradient(group, p) for p in params], [self.states.read(self.state[p], "exp_avg") for p in params]
         if not steps.lion(Θ, G, M, η, (β1, β2), keep):
             for θ,g,m in zip(Θ, G, M): θ.mul_(keep).sub_(torch.lerp(g, m, β1).sign_(), alpha=η); m.lerp_(g, 1 - β2)
-        for p,s,m,θ in zip(params, held, M, Θ): self.states.write(s, "exp_avg", m); self.put(p, θ)
+        for p,m,θ in zip(params, M, Θ): self.states.write(self.state[p], "exp_avg", m); self.put(p, θ)

@@ -7,7 +7,6 @@ __all__ = ['Small', 'AdamW8', 'AdamFP8', 'Lion8', 'LionFP8', 'APOLLO8', 'APOLLOF
 
 # %% ../../../nbs/optimizers/low_bit_states.ipynb #1ad3dd28
 import math, torch
-from torch.distributed.tensor import DTensor
 from ..kernels import state_steps
 from .adamw import AdamW
 from .apollo import APOLLO, Mini
@@ -16,7 +15,7 @@ from .galore import GaLore
 from .lion import Lion
 from .state_codes import Expanded, Tree
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #b84f8c78
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #6b8e22ad
 class Small(Whole):
     "Moments in a format of 8 bits."
     def __init__(self,
@@ -32,7 +31,7 @@ class Small(Whole):
     def admit(self, name, p, slots):
         if not any(map(self.small, slots.values())): return
         if p.dtype == torch.float64: raise ValueError(f"moments of 8 bits are for parameters of 32 or 16 bits (got {name!r}, {p.dtype})")
-        if isinstance(p, DTensor) and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
+        if hasattr(p, "placements") and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
             raise ValueError(f"blocks lie within rows, so a parameter with moments of 8 bits is sharded along its first dimension (got {name!r}, {p.placements})")
     def begin(self, state, key, zeros):
         if not self.small(zeros.shape): return super().begin(state, key, zeros)
@@ -46,41 +45,48 @@ class Small(Whole):
     def write(self, state, key, value):
         if key + "_scale" not in state: return super().write(state, key, value)
         for old,new in zip(self.tensors(state, key), state_steps.encode(self.form, value, key == "exp_avg")): old.copy_(new)
-    def adamw(self, o, g, p):
-        o.begin(p, exp_avg=p, exp_avg_sq=p)
-        t, (β1, β2) = o.tick(p), g["betas"]
-        ρ = (1 - β2**t)**0.5
-        _move(self, o, g, p, state_steps.adamw, ("exp_avg", "exp_avg_sq"), step=g["lr"]*ρ/(1 - β1**t), eps=g["eps"]*ρ)
-    def lion(self, o, g, p):
-        o.begin(p, exp_avg=p); o.tick(p)
-        _move(self, o, g, p, state_steps.lion, ("exp_avg",), step=g["lr"])
+    def adamw(self, o, g, params):
+        for p in params: o.begin(p, exp_avg=p, exp_avg_sq=p)
+        β1, β2 = g["betas"]
+        for part,t in _together(o, g, params):
+            ρ = (1 - β2**t)**0.5
+            _move(self, o, g, part, state_steps.adamw, ("exp_avg", "exp_avg_sq"), step=g["lr"]*ρ/(1 - β1**t), eps=g["eps"]*ρ)
+    def lion(self, o, g, params):
+        for p in params: o.begin(p, exp_avg=p)
+        for part,_ in _together(o, g, params): _move(self, o, g, part, state_steps.lion, ("exp_avg",), step=g["lr"])
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #9fa45f22
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #a2f0f566
 def _zeros(like, shape, dtype):
     "Zeros of one part of a slot, sharded like the moment."
     z = torch.zeros(len(local(like)), *shape[1:], dtype=dtype, device=like.device)
-    if not isinstance(like, DTensor): return z
-    return DTensor.from_local(z, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
+    if not hasattr(like, "placements"): return z
+    return type(like).from_local(z, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
 
-def _move(states, o, g, p, kernel, keys, **numbers):
-    "One pass over a parameter."
-    (β1, β2), w, x = g["betas"], o.weight(p).detach(), o.gradient(g, p)
-    θ = w.contiguous()
-    kernel(states.form, θ, x.contiguous(), *(states.tensors(o.state[p], k) for k in keys),
+def _together(o, g, params):
+    "Parameters that one call can step, and the number of their step."
+    for part in o.batches(g, params):
+        ticks = o.ticks(part)
+        for t in sorted(set(ticks)): yield [p for p,s in zip(part, ticks) if s == t], t
+
+def _move(states, o, g, params, kernel, keys, **numbers):
+    "One pass over each parameter."
+    (β1, β2), W = g["betas"], [o.weight(p).detach() for p in params]
+    Θ = [w.contiguous() for w in W]
+    kernel(states.form, Θ, [o.gradient(g, p).contiguous() for p in params], *([states.tensors(o.state[p], k) for p in params] for k in keys),
         beta1=β1, fresh1=1 - β1, beta2=β2, fresh2=1 - β2, keep=1 - g["lr"]*g["weight_decay"], **numbers)
-    if θ is not w: w.copy_(θ)
-    o.put(p, w)
+    for p,w,θ in zip(params, W, Θ):
+        if θ is not w: w.copy_(θ)
+        o.put(p, w)
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #ce3cef9d
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #20a69007
 class AdamW8(AdamW): "AdamW, moments in a tree of 8 bits."; states = Small(Tree())
 class AdamFP8(AdamW): "AdamW, moments in expanded FP8."; states = Small(Expanded())
 class Lion8(Lion):
     "Lion, its momentum in a tree of 8 bits."
     states = Small(Tree())
     def update(self, group, named):
-        for n,p in named:
-            if self.states.small(p.shape): self.states.lion(self, group, p)
-            else: super().update(group, [(n, p)])
+        self.states.lion(self, group, [p for _,p in named if self.states.small(p.shape)])
+        super().update(group, [(n, p) for n,p in named if not self.states.small(p.shape)])
 class LionFP8(Lion8): "Lion, its momentum in expanded FP8."; states = Small(Expanded())
 class APOLLO8(APOLLO): "APOLLO, moments in a tree of 8 bits."; states = Small(Tree())
 class APOLLOFP8(APOLLO): "APOLLO, moments in expanded FP8."; states = Small(Expanded())

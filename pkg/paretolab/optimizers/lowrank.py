@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np, torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..kernels import steps
 from .contract import Optimizer, is_end
 
@@ -70,7 +69,8 @@ class Layout:
         p:Tensor, # parameter of two dimensions, perhaps sharded
     ):
         self.p, self.tall, self.n, self.m = p, p.shape[0] >= p.shape[1], max(p.shape), min(p.shape)
-        cut = [i for i,s in enumerate(p.placements) if not s.is_replicate()] if isinstance(p, DTensor) else []
+        cut = [i for i,s in enumerate(p.placements) if not s.is_replicate()] if hasattr(p, "placements") else []
+        if cut: from torch.distributed.tensor import Shard
         if len(cut) > 1 or any(type(p.placements[i]) is not Shard for i in cut): raise ValueError(f"a matrix may be sharded along one of its sides over one dimension of the mesh (got {p.placements})")
         self.cut, self.group, self.aligned, self.own = cut, None, True, slice(None)
         if cut:
@@ -93,9 +93,10 @@ class Layout:
     def zeros(self, G, r):
         "Moments of R: a tensor, sharded as R is."
         z = G.new_zeros(G.shape[0], r)
-        if not isinstance(self.p, DTensor): return z
+        if not hasattr(self.p, "placements"): return z
+        from torch.distributed.tensor import Replicate, Shard
         spread = [Shard(0) if [i] == self.cut and self.aligned else Replicate() for i in range(self.p.device_mesh.ndim)]
-        return DTensor.from_local(z, self.p.device_mesh, spread, run_check=False, shape=torch.Size((self.n, r)), stride=(r, 1))
+        return type(self.p).from_local(z, self.p.device_mesh, spread, run_check=False, shape=torch.Size((self.n, r)), stride=(r, 1))
 
 # %% ../../../nbs/optimizers/lowrank.ipynb #7e3d4134
 def total(

@@ -8,7 +8,6 @@ __all__ = ['orthogonal', 'Muon']
 # %% ../../../nbs/optimizers/muon.ipynb #e75e1880
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from .adamw import adamw
 from .contract import Optimizer, is_end, working
 
@@ -49,7 +48,7 @@ class Muon(Optimizer):
     def slots(rule, shape, rank=None): return dict(momentum=shape, step=()) if rule == "muon" else Optimizer.slots(rule, shape)
 
     def admit(self, rule, named, group):
-        if odd := [n for n,p in named if rule == "muon" and isinstance(p, DTensor)]: raise ValueError(f"Muon needs whole matrices (got the sharded {odd[0]!r}); replicate them, or take optimizers.apollo")
+        if odd := [n for n,p in named if rule == "muon" and hasattr(p, "placements")]: raise ValueError(f"Muon needs whole matrices (got the sharded {odd[0]!r}); replicate them, or take optimizers.apollo")
 
     def update(self, g, named):
         if g["rule"] == "muon": _matrices(self, g, [p for _,p in named])

@@ -9,7 +9,6 @@ __all__ = ['SCALE']
 import re
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from .adamw import adamw
 from .contract import Optimizer, is_end, working
 
@@ -54,7 +53,7 @@ class SCALE(Optimizer):
 def _normal(p, G, axis):
     "C(G), over one axis; where that is cut between processes, one number for each output is sent."
     squares = G.square().sum(axis, keepdim=True)
-    for i,s in enumerate(p.placements if isinstance(p, DTensor) else ()):
+    for i,s in enumerate(p.placements if hasattr(p, "placements") else ()):
         if s.is_shard(axis): dist.all_reduce(squares, group=p.device_mesh.get_group(i))
     rms = (squares/p.shape[axis]).sqrt()
     return torch.where(rms > 0, G/rms, torch.zeros_like(G))

@@ -10,7 +10,6 @@ import warnings
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from torch.distributed.tensor import DTensor
 from .contract import Optimizer, local, working
 
 # %% ../../../nbs/optimizers/sophia.ipynb #3d2410f6
@@ -20,7 +19,7 @@ def hutchinson(
     generator:torch.Generator|None=None, # of u
 )->list[Tensor]: # u ⊙ Hu, of each parameter
     "An unbiased estimate of the Hessian's diagonal."
-    if any(isinstance(p, DTensor) for p in parameters): raise ValueError("Hutchinson's estimate needs a second derivative, which sharded parameters do not give (got a DTensor); use the labels of `sample` and `observe`")
+    if any(hasattr(p, "placements") for p in parameters): raise ValueError("Hutchinson's estimate needs a second derivative, which sharded parameters do not give (got a DTensor); use the labels of `sample` and `observe`")
     grads = torch.autograd.grad(loss, parameters, create_graph=True)
     us = [torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device) for p in parameters]
     return [u*Hu for u,Hu in zip(us, torch.autograd.grad(grads, parameters, us))]

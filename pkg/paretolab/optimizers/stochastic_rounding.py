@@ -9,7 +9,6 @@ __all__ = ['round_to_bfloat16', 'bits', 'stochastic']
 import hashlib
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 from .contract import Optimizer, local
 
 # %% ../../../nbs/optimizers/stochastic_rounding.ipynb #ed3da35e
@@ -36,7 +35,8 @@ def bits(
 def _position(p):
     "Where each of this process's entries stands in the whole tensor."
     here, offset = local(p), [0]*p.ndim
-    if isinstance(p, DTensor):
+    if hasattr(p, "placements"):
+        from torch.distributed.tensor import Shard
         for i,s in enumerate(p.placements):
             if type(s) is Shard: offset[s.dim] = min(p.device_mesh.get_local_rank(i)*-(-p.shape[s.dim]//p.device_mesh.size(i)), p.shape[s.dim])
     x = torch.zeros((), dtype=torch.int64, device=here.device)

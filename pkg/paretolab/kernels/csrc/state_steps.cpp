@@ -69,22 +69,25 @@ template <class F> static void parts(int64_t rows, int64_t columns, int threads,
     for (auto& t : team) if (t.joinable()) t.join();
 }
 
-extern "C" void step(const Job* j, int64_t rows, int threads, int path) {
-    parts(rows, j->columns, threads, [=](int64_t a, int64_t b) {
+static Job placed(Job j, const int64_t* at) { memcpy((void*)&j, at, 9 * 8); return j; }  // its first nine, up to the columns
+
+extern "C" void step(const Job* shared, const int64_t* at, int64_t count, int threads, int path) {
+    for (; count--; at += 10) parts(at[9], at[8], threads, [j = placed(*shared, at), path](int64_t a, int64_t b) {
 #if defined(__x86_64__)
-        if (path == 2) return avx512::rows(*j, a, b);
-        if (path == 1) return avx2::rows(*j, a, b);
+        if (path == 2) return avx512::rows(j, a, b);
+        if (path == 1) return avx2::rows(j, a, b);
 #endif
-        portable::rows(*j, a, b);
+        portable::rows(j, a, b);
     });
 }
 
-extern "C" void recode(const Job* j, float* x, int64_t rows, int is_signed, int decode, int path) {
+extern "C" void recode(const Job* shared, const int64_t* at, int64_t, float* x, int is_signed, int decode, int path) {
+    const Job j = placed(*shared, at);
 #if defined(__x86_64__)
-    if (path == 2) return avx512::recode(*j, x, rows, is_signed, decode);
-    if (path == 1) return avx2::recode(*j, x, rows, is_signed, decode);
+    if (path == 2) return avx512::recode(j, x, at[9], is_signed, decode);
+    if (path == 1) return avx2::recode(j, x, at[9], is_signed, decode);
 #endif
-    portable::recode(*j, x, rows, is_signed, decode);
+    portable::recode(j, x, at[9], is_signed, decode);
 }
 
 #else

@@ -22,6 +22,7 @@ static inline vec load(const float* x) { return *(const vec*)x; }
 static inline void store(float* x, vec v) { *(vec*)x = v; }
 static inline vec all(float x) { return vec{} + x; }
 static inline float sum(vec v) { float s = 0; for (int64_t l = 0; l < L; l++) s += v[l]; return s; }
+template <bool far> static inline void ask(const float* x) { if (far) __builtin_prefetch(x, 0, 0); else __builtin_prefetch(x); } // for a line of the cache; if it comes from far away, to be kept in no cache but the first
 
 static inline vec root(vec x) {
 #if defined(__AVX512F__)
@@ -48,7 +49,7 @@ template <class F> static bool share(int64_t n, int64_t each, int64_t threads, F
     return done;                                                           // false: there was no memory
 }
 
-static void lion_one(float* w, const float* g, float* m, int64_t n, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
+template <bool far> static void lion_one(float* w, const float* g, float* m, int64_t n, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
     share(n, 1, threads, [=](int64_t i, int64_t to) {
         const ids step = (ids)all(lr);
         auto each = [&](float* w, const float* g, float* m) {
@@ -56,8 +57,8 @@ static void lion_one(float* w, const float* g, float* m, int64_t n, float keep, 
             store(w, keep * load(w) - (vec)(step & (c > 0)) + (vec)(step & (c < 0)));
             store(m, b2 * y + c2 * x);
         };
-        for (; i + 16 <= to; i += 16) {                                        // a line of the cache, and the one that is due some turns later: pages end what a processor foresees
-            for (float* x : {w + i, (float*)g + i, m + i}) __builtin_prefetch(x + 768);
+        for (; i + 16 <= to; i += 16) {                                        // a line of the cache
+            for (const float* x : {(const float*)w, g, (const float*)m}) ask<far>(x + i + 128);
             for (int64_t k = 0; k < 16; k += L) each(w + i + k, g + i + k, m + i + k);
         }
         for (; i + L <= to; i += L) each(w + i, g + i, m + i);
@@ -70,8 +71,8 @@ static void lion_one(float* w, const float* g, float* m, int64_t n, float keep, 
         std::copy(x[2], x[2] + (to - i), m + i);
     });
 }
-extern "C" void lion(int64_t count, float** w, float** g, float** m, const int64_t* n, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
-    for (int64_t k = 0; k < count; k++) lion_one(w[k], g[k], m[k], n[k], keep, lr, b1, c1, b2, c2, threads);
+extern "C" void lion(int64_t count, float** w, float** g, float** m, const int64_t* n, int64_t far, float keep, float lr, float b1, float c1, float b2, float c2, int64_t threads) {
+    for (int64_t k = 0; k < count; k++) (far ? lion_one<true> : lion_one<false>)(w[k], g[k], m[k], n[k], keep, lr, b1, c1, b2, c2, threads);
 }
 
 template <int64_t d> static inline __attribute__((always_inline)) void exchange(vec* t) { // bit d of the row's number with that of the column's
@@ -161,7 +162,10 @@ template <bool seen> static void direction_row(const float* g, int64_t m, const 
     vec r[4] = {}, q[4] = {};
     auto add = [&](int k, int64_t i) { vec v = load(g + i); q[k] += v * v; if (seen) r[k] += v * load(p + i); };
     int64_t i = 0;
-    for (; i + 4 * L <= m; i += 4 * L) for (int k = 0; k < 4; k++) add(k, i + k * L);
+    for (; i + 4 * L <= m; i += 4 * L) {
+        for (int64_t k = 0; k < 4 * L; k += 16) ask<false>(g + i + k + 256);
+        for (int k = 0; k < 4; k++) add(k, i + k * L);
+    }
     for (; i + L <= m; i += L) add(0, i);
     float a = sum(r[0] + r[1] + (r[2] + r[3])), b = sum(q[0] + q[1] + (q[2] + q[3]));
     for (; i < m; i++) { b += g[i] * g[i]; if (seen) a += g[i] * p[i]; }
@@ -172,13 +176,20 @@ template <bool seen> static void direction_row(const float* g, int64_t m, const 
 template <bool seen> static void direction_columns(const float* g, int64_t n, int64_t m, int64_t from, int64_t to, const float* p, float* R, float* c) {
     std::fill(c + from, c + to, 0.f);
     if (seen) std::fill(R + from, R + to, 0.f);
-    for (int64_t i = 0; i < m; i++, g += n) for (int64_t j = from; j < to; j++) { c[j] += g[j] * g[j]; if (seen) R[j] += p[i] * g[j]; }
+    for (int64_t i = 0; i < m; i++, g += n) {
+        int64_t j = from;
+        for (; j + 16 <= to; j += 16) {
+            ask<false>(g + j + 256);
+            for (int64_t k = j; k < j + 16; k += L) { vec v = load(g + k); store(c + k, load(c + k) + v * v); if (seen) store(R + k, load(R + k) + p[i] * v); }
+        }
+        for (; j < to; j++) { c[j] += g[j] * g[j]; if (seen) R[j] += p[i] * g[j]; }
+    }
 }
 
 template <bool seen> static void direct(const float* g, int64_t n, int64_t m, int64_t tall, const float* p, float* R, float* c, int64_t threads) {
     share(n, m, threads, [=](int64_t from, int64_t to) {
         if (tall) for (int64_t j = from; j < to; j++) direction_row<seen>(g + j * m, m, p, R + j, c + j);
-        else for (int64_t j = from; j < to; j += 1024) direction_columns<seen>(g, n, m, j, std::min(to, j + 1024), p, R, c);
+        else for (int64_t j = from; j < to; j += 2048) direction_columns<seen>(g, n, m, j, std::min(to, j + 2048), p, R, c);
     });
 }
 extern "C" void direction(const float* g, int64_t n, int64_t m, int64_t tall, const float* p, float* R, float* c, int64_t threads) { (R ? direct<true> : direct<false>)(g, n, m, tall, p, R, c, threads); }
@@ -204,16 +215,22 @@ extern "C" void moments(float* R, float* M, float* V, int64_t n, int64_t r, floa
     });
 }
 
-extern "C" void apply(float* w, const float* g, int64_t rows, int64_t columns, int64_t of, const float* step, float keep, int64_t threads) { // steps of: 0 all, 1 a row, 2 a column
-    share(rows, columns, threads, [=](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; i++) {
-            float* x = w + i * columns;
-            const float* y = g + i * columns;
-            const float s = of == 2 ? 0 : step[of ? i : 0];
-            if (of == 2) for (int64_t j = 0; j < columns; j++) x[j] = keep * x[j] - step[j] * y[j];
-            else for (int64_t j = 0; j < columns; j++) x[j] = keep * x[j] - s * y[j];
-        }
+template <bool far, bool each> static void row(float* x, const float* y, int64_t n, float keep, const float* s) { // a step for each number, or one for all
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        ask<far>(x + j + 128); ask<far>(y + j + 128);
+        for (int64_t k = j; k < j + 16; k += L) store(x + k, keep * load(x + k) - (each ? load(s + k) : all(*s)) * load(y + k));
+    }
+    for (; j < n; j++) x[j] = keep * x[j] - s[each ? j : 0] * y[j];
+}
+template <bool far> static void rows(float* w, const float* g, int64_t n, int64_t columns, int64_t of, const float* step, float keep, int64_t threads) {
+    share(n, columns, threads, [=](int64_t from, int64_t to) {
+        if (!of) return row<far, false>(w + from * columns, g + from * columns, (to - from) * columns, keep, step);
+        for (int64_t i = from; i < to; i++) (of == 1 ? row<far, false> : row<far, true>)(w + i * columns, g + i * columns, columns, keep, step + (of == 1 ? i : 0));
     });
+}
+extern "C" void apply(float* w, const float* g, int64_t n, int64_t columns, int64_t of, int64_t far, const float* step, float keep, int64_t threads) { // steps of: 0 all, 1 a row, 2 a column
+    (far ? rows<true> : rows<false>)(w, g, n, columns, of, step, keep, threads);
 }
 
 static float total(const float* x, int64_t n) { double s = 0; for (int64_t j = 0; j < n; j++) s += x[j]; return float(s); }
@@ -229,14 +246,19 @@ static void scales(const float* a, const float* b, float* c, int64_t n, bool cha
     for (int64_t j = 0; j < n; j++) step[j] *= factor;
 }
 
-extern "C" int32_t apollo(float* w, const float* g, const int32_t* at, const float* sign, const float* p, float* R, float* M, float* V, float* norm, float* sums,
-                       int64_t n, int64_t m, int64_t tall, int64_t s, int64_t r, int64_t channels, float b1, float c1, float b2, float c2, float eps, float growth, float lr, float keep, int64_t threads) {
+struct Matrix { float* w; const float* g; const int32_t* at; const float *sign, *p; float *R, *M, *V, *norm; int64_t n, m, tall, s, r; float lr, keep; };
+
+static bool one(const Matrix& x, float* sums, bool channels, bool far, float b1, float c1, float b2, float c2, float eps, float growth, int64_t threads) {
+    const int64_t n = x.n, m = x.m;
     float *a = sums, *b = a + n, *c = b + n, *step = c + n;
-    if (at) { if (!sketch(g, n, m, tall, at, sign, s, r, R, c, threads)) return 0; } // nothing is changed yet
-    else direction(g, n, m, tall, p, p ? R : nullptr, c, threads); // without either, R is made already
-    moments(R, M, V, n, r, b1, c1, b2, c2, eps, a, b, threads);
-    scales(a, b, c, n, channels, growth, lr, norm, step);
-    if (tall) apply(w, g, n, m, channels ? 1 : 0, step, keep, threads);
-    else apply(w, g, m, n, channels ? 2 : 0, step, keep, threads);
+    if (x.at) { if (!sketch(x.g, n, m, x.tall, x.at, x.sign, x.s, x.r, x.R, c, threads)) return false; } // nothing is changed yet
+    else direction(x.g, n, m, x.tall, x.p, x.p ? x.R : nullptr, c, threads); // without either, R is made already
+    moments(x.R, x.M, x.V, n, x.r, b1, c1, b2, c2, eps, a, b, threads);
+    scales(a, b, c, n, channels, growth, x.lr, x.norm, step);
+    apply(x.w, x.g, x.tall ? n : m, x.tall ? m : n, channels ? x.tall ? 1 : 2 : 0, far, step, x.keep, threads);
+    return true;
+}
+extern "C" int32_t apollo(const Matrix* x, int64_t count, float* sums, int64_t channels, int64_t far, float b1, float c1, float b2, float c2, float eps, float growth, int64_t threads) {
+    for (int64_t k = 0; k < count; k++) if (!one(x[k], sums, channels, far, b1, c1, b2, c2, eps, growth, threads)) return 0;
     return 1;
 }
