@@ -52,4 +52,8 @@ def pages(request, tmp_path_factory):
     from test_pages import ahead
     with ahead(asked, tmp_path_factory.mktemp("pages")) as running: yield running
 
+def pytest_collection_modifyitems(items):
+    "Pages come last: by then the other process has run most of them."
+    items.sort(key=lambda i: getattr(i, "originalname", "") == "test_page_runs")
+
 def pytest_configure(config): config.pluginmanager.register(Watch(config.rootpath), "watch")
