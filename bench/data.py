@@ -3,6 +3,7 @@ import hashlib, importlib.metadata, json, multiprocessing, os, platform, statist
 from pathlib import Path
 
 import datasets, numpy as np, torch, torch.utils.data
+from machine import processor
 from paretolab.data import corpus, tokens
 from paretolab.data.stages import Stage, one_by_one, over_spdl, staged
 from spdl.pipeline import PipelineBuilder   # noqa: F401 (imported before any measurement)
@@ -123,7 +124,7 @@ if __name__ == "__main__":
         s, c = ([r[k] for r in runs[job, n]] for k in ("seconds", "cpu_s")); size = runs[job, n][0]["bytes"]
         row = dict(job=job, contender=n, bytes=size, seconds=[round(x, 4) for x in s], cpu_s=[round(x, 3) for x in c], memory=[h["memory"] for h in held[job, n]], at_start=[h["at_start"] for h in held[job, n]])
         table.append(row); print(f"{job:8} {n:26} {size/1e6/statistics.median(s):7.2f} MB of tokens/s  {statistics.median(c):6.2f} CPU s  {statistics.median(row['memory'])/1e6:7.1f} MB", flush=True)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = processor()
     versions = {p: importlib.metadata.version(p) for p in ("torch", "datasets", "tokenizers", "spdl-core", "numpy")}
     result = dict(machine=platform.machine(), cpu=cpu, cores=CORES, python=platform.python_version(), versions=versions, rounds=rounds, domains=DOMAINS, batch=B, length=L, batches=BATCHES, ahead=AHEAD, group=GROUP, table=table)
     (Path(__file__).parent/"results"/"data.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -8,6 +8,7 @@ import numpy as np, torch
 try: import gguf, llama_cpp
 except ImportError as e: raise SystemExit(print(f"decode: left out, since {e.name} is not installed; it comes with the extra bench, as in `pip install -c constraints.txt paretolab[bench]`")) from None
 from kernels import PATHS
+from machine import processor
 from paretolab.engine.evaluate import bits_per_byte, macro
 from paretolab.engine.settings import Settings
 from paretolab.frontier.job import prepare
@@ -169,7 +170,7 @@ with tempfile.TemporaryDirectory() as folder:
     shapes = [both("1B", {"head 4": ("TQ2_0", "Q4_0"), "head 2": ("TQ2_0", (2, 64)), "rows": ((2, 0), (8, 0)), "group 32": ((2, 32), "Q8_0"), "Q2_K": "Q2_K"}, folder),
               both("125M", {"rows": ((4, 0), (4, 0)), "2 bits": ((2, 64), (4, 64))})]
 for s in shapes: s["sittings"] = [sitting(s["shape"]) for _ in range(SITTINGS)]
-cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+cpu = processor()
 result = dict(machine=platform.machine(), cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, llama_cpp_python=llama_cpp.__version__,
     system=llama_cpp.llama_print_system_info().decode(), prompt=PROMPT, new=NEW, rounds=ROUNDS, shapes=shapes, heads=heads())
 (Path(__file__).parent/"results"/f"decode_{PATHS[native.load('product.cpp').best_path()]}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,11 @@
 """What a method believes training on domain j does for loss i, against brute force, in the planted setting of scoreboard.py: copies of the run trained on each domain alone."""
-import copy, json, platform, statistics, sys, tempfile
+import copy, json, statistics, sys, tempfile
 from pathlib import Path
 
 import numpy as np, torch
 sys.path.insert(0, str(Path(__file__).parent))
 import scoreboard as S
+from machine import processor
 from paretolab.data.stream import MixedStream
 from paretolab.engine.evaluate import windows
 from paretolab.engine.fit import fit, losses
@@ -71,5 +72,5 @@ for seed in SEEDS:
     x.close()
 for name in dict.fromkeys(r["method"] for r in rows if r["method"] != "truth"):
     print(f"{name:28}", "  ".join(f"{k} {statistics.fmean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for k in ("entries", "effects", "rank") for v in [[r[k] for r in rows if r["method"] == name]]))
-cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+cpu = processor()
 (Path(__file__).parent/"results"/"fidelity.json").write_text(json.dumps(dict(cpu=cpu, torch=torch.__version__, times=TIMES, seeds=SEEDS, alone=ALONE, repeats=REPEATS, domains=NAMES, rows=rows)) + "\n")

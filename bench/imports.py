@@ -3,6 +3,7 @@ import json, platform, subprocess, sys
 from pathlib import Path
 
 import torch
+from machine import processor
 
 ROUNDS, NAMES = 9, ("torch", "paretolab", "paretolab.models.mobilellm", "paretolab.engine.fit")
 
@@ -25,6 +26,6 @@ for name in NAMES:
     ratios = sorted(a/b for a,b in zip(taken[name], taken["torch"]))
     table.append(dict(module=name, seconds=round(median(taken[name]), 4), ratio=round(median(ratios), 3), ratio_lowest=round(ratios[0], 3), ratio_highest=round(ratios[-1], 3), loads=loaded[name]))
     print(f"{name:>28}: {table[-1]['seconds']:.3f} s, {table[-1]['ratio']:.3f} times torch; loads {', '.join(loaded[name]) or 'neither torch nor datasets'}")
-cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+cpu = processor()
 result = dict(machine=platform.machine(), cpu=cpu, torch=torch.__version__, python=platform.python_version(), rounds=ROUNDS, modules=table)
 (Path(__file__).parent/"results"/"imports.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from machine import processor
 from paretolab.kernels import native, product, rows16
 from paretolab.quantizers.lowbit import LowBit
 
@@ -212,9 +213,8 @@ def main():
     def of(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     result |= dict(cold_bytes=COLD, rounds=ROUNDS, best_path=best, torch=torch.__version__, onnxruntime=of("onnxruntime"), llama_cpp_python=of("llama-cpp-python"), machine=platform.machine(),
-        capability=torch.backends.cpu.get_cpu_capability(), cpu=next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor()), compiler=subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip())
+        capability=torch.backends.cpu.get_cpu_capability(), cpu=processor(), compiler=subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip())
     print({k: v for k, v in result.items() if k in ("peak_gop_per_s", "packing", "round_activations_us", "compile")})
     (HERE/"results"/f"kernels_{PATHS[best]}.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from machine import processor
 from paretolab.frontier.budget import _Live
 from paretolab.kernels import native, steps
 from paretolab.optimizers import adamw, apollo, baselines, galore, lion, muon, scale, sophia
@@ -119,7 +120,7 @@ def main(layer=15, whole=5, *labels):
         result[part + "_parameters"], result[part + "_largest"] = sum(p.numel() for _,p in named), max(p.nbytes for _,p in named)
         result[part] = {k: rows[k] for k in CONTENDERS if k in rows}
     result["hints"] = hints(); print("hints", result["hints"])
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = processor()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     result |= dict(machine=platform.machine(), cpu=cpu, cores=os.cpu_count(), capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, compiler=subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True).stdout.strip() if compiler else None, load=round(os.getloadavg()[0], 1), rank=R)
     FILE.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,9 +1,10 @@
 """Every mixer on one protocol: equal training tokens, equal tuning trials, three settings, five seeds; what each costs in extra passes.
 One thread. Trials are entered into results/scoreboard/<setting>.jsonl as they end and are not made again."""
-import functools, json, platform, statistics, sys, tempfile, time, warnings
+import functools, json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np, torch
+from machine import processor
 from paretolab.data import corpus, split, tokens
 from paretolab.data.stream import MixedStream
 from paretolab.engine.evaluate import bits_per_byte, windows
@@ -201,5 +202,5 @@ if __name__ == "__main__":
         for m,f in b["methods"].items():
             v = [r["bpb"] for r in f["runs"]]; print(f"  {m:14} {np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})  +{np.mean([r['extra_passes'] for r in f['runs']]):.2f} passes  chosen {f['chosen']}")
     had = json.loads(RESULT.read_text())["settings"] if RESULT.exists() else {}
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = processor()
     RESULT.write_text(json.dumps(dict(cpu=cpu, torch=torch.__version__, small_runs=RUNS, small_share=SHORT, seeds=list(SEEDS), settings={**had, **boards}), indent=1) + "\n")

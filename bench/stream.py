@@ -3,6 +3,7 @@ import json, os, platform, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np, torch
+from machine import processor
 from paretolab.data.stream import MixedStream
 from paretolab.data.tokens import Tokens
 from paretolab.engine.fit import losses
@@ -73,7 +74,7 @@ finally: shutil.rmtree(folder)
 
 seen, (low, high) = json.loads(run.stdout), (deliver[ROUNDS//2]/train[-1], deliver[ROUNDS//2]/train[0])
 assert on_disk >= BYTES and seen["touched"] == seen["pages"]
-cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+cpu = processor()
 result = dict(machine=platform.machine(), cpu=cpu, torch=torch.__version__, shape="tiny", batch=B, length=L, domains=DOMAINS, rounds=ROUNDS,
     next_s=round(deliver[ROUNDS//2], 6), step_s=round(train[ROUNDS//2], 4), share_of_step=round(deliver[ROUNDS//2]/train[ROUNDS//2], 5), share_lowest=round(low, 5), share_highest=round(high, 5),
     file_bytes=BYTES, on_disk_bytes=on_disk, pages=seen["pages"], pages_touched=seen["touched"], epoch_s=round(seen["seconds"], 1),

@@ -7,6 +7,7 @@ import torch, torch.nn.functional as F, transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
+from machine import processor
 from paretolab.engine.fit import losses
 from paretolab.models.linear import linear
 from paretolab.models.mobilellm import MobileLLM, mobilellm
@@ -91,7 +92,7 @@ def shares(f, times=3):
     return {k: round(v, 4) for k,v in out.items()}, {k: round(v/total, 4) for k,v in sorted(ops.items(), key=lambda x: -x[1])[:25]}
 
 work, ops = shares(runs["ours"])
-cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+cpu = processor()
 result = dict(machine=platform.machine(), cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, transformers=transformers.__version__,
     shape="tiny", parameters=s.parameters, batch=B, length=L, rounds=ROUNDS, ratio=round(ratios[ROUNDS//2], 3), ratio_lowest=round(ratios[0], 3), ratio_highest=round(ratios[-1], 3),
     step_s=round(step, 4), tokens_per_s=round(n/step), peer_step_s=round(median(taken["theirs"]), 4),

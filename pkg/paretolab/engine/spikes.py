@@ -9,7 +9,7 @@ __all__ = ['Spikes']
 from collections import deque
 from statistics import fmean, pstdev
 
-# %% ../../../nbs/engine/spikes.ipynb #0844ea1a
+# %% ../../../nbs/engine/spikes.ipynb #4ea5c079
 class Spikes:
     "Hook of `fit`: refuses a step whose loss is more than `z` standard deviations above the last `window` ones."
     def __init__(self,
@@ -19,7 +19,10 @@ class Spikes:
         if window < 2 or not z > 0: raise ValueError(f"a spike stands out from at least 2 losses, by more than 0 deviations (got {window=}, {z=})")
         self.seen, self.z = deque(maxlen=window), z
 
-    def accepts(self, step, ℓ):
+    def accepts(self,
+        step:int, # t
+        ℓ:float, # finite loss of the batch
+    )->bool: # is the step to be taken?
         full = len(self.seen) == self.seen.maxlen
         good = not full or ℓ <= fmean(self.seen) + self.z*pstdev(self.seen)
         self.seen.append(ℓ); return good

@@ -207,7 +207,7 @@ def stream(
         if piece := decoder.step(tok, i): sent += len(piece); yield piece
     if rest := tok.decode(all_ids)[sent:]: yield rest
 
-# %% ../../../nbs/models/decode.ipynb #81d8a403
+# %% ../../../nbs/models/decode.ipynb #b7b0e579
 def write(
     model:PackedLM,
     tok, # its `tokenizers.Tokenizer`
@@ -220,7 +220,8 @@ def write(
 )->Iterator: # pieces of text
     "Continue a prompt, piece by piece."
     from paretolab.models.generate import Cache, sample
-    if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt): raise ValueError(f"a prompt is text in UTF-8 (got {prompt!r:.80}, in which some bytes are none)")
+    try: prompt.encode()
+    except UnicodeEncodeError: raise ValueError(f"a prompt is text in UTF-8 (got {prompt!r:.80}, in which some bytes are none)") from None
     ids, s = tok.encode(prompt, add_special_tokens=False).ids, model.shape
     if not ids: raise ValueError(f"a prompt has at least one token (got {prompt!r:.80})")
     if new < 0: raise ValueError(f"the number of tokens to write is not negative (got {new})")
