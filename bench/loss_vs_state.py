@@ -22,7 +22,7 @@ CONTENDERS = [                                                 # label, optimize
     ("AdamW", "adamw.AdamW", {}), ("Muon", "muon.Muon", {}), ("Lion", "lion.Lion", {}), ("APOLLO-Mini", "apollo.Mini", GAP), ("SCALE", "scale.SCALE", {}), ("Schedule-Free", "baselines.ScheduleFree", {}),
     ("NAdamW", "baselines.NAdamW", {}), ("APOLLO r=16", "apollo.APOLLO", GAP | dict(rank=16)), ("APOLLO r=4", "apollo.APOLLO", GAP | dict(rank=4)), ("GaLore r=16", "galore.GaLore", GAP | dict(rank=16)),
     ("GaLore r=4", "galore.GaLore", GAP | dict(rank=4)), ("SOAP", "baselines.SOAP", {}), ("Sophia-G", "sophia.Sophia", {}), ("Adafactor", "baselines.Adafactor", {}),
-    ("AdamW, 8 bits", "low_bit_states.AdamW8", {}), ("AdamW, FP8", "low_bit_states.AdamFP8", {}),
+    ("AdamW, 8 bits", "low_bit_states.AdamW8", {}), ("AdamW, tree", "low_bit_states.AdamTree", {}), ("AdamW, FP8", "low_bit_states.AdamFP8", {}),
 ]
 RUN = dict(vocab=512, dim=64, ff=176, layers=4, heads=4, kv_heads=2, length=64, batch=8, steps=240, warmup=24, decay=0., clip=1.)
 RATES, SWEPT, FRESH = (1/4, 1, 4, 16), 100, (0, 1)              # times the default rate; the seed they are compared on, and two more

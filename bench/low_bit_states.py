@@ -8,7 +8,7 @@ from paretolab.kernels import native
 
 torch.set_num_threads(1)
 RESULT, JOURNAL, SHAKEN = (Path(__file__).parent/"results"/f"low_bit_states{s}" for s in (".json", "_trials.jsonl", "_shaken.json"))
-KINDS = "low_bit_states.AdamW8", "low_bit_states.AdamFP8", "lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionFP8"
+KINDS = "low_bit_states.AdamW8", "low_bit_states.AdamTree", "low_bit_states.AdamFP8", "lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionTree", "low_bit_states.LionFP8"
 
 def llama60m(layers, ends):
     block = {f"layers.{i}.{n}.weight": s for i in range(layers) for n,s in {"q": (512, 512), "k": (512, 512), "v": (512, 512), "o": (512, 512), "gate": (1376, 512), "up": (1376, 512), "down": (512, 1376), "norm1": (512,), "norm2": (512,)}.items()}
@@ -44,11 +44,11 @@ def ratios(t, fused): x = sorted(a/b for a,b in zip(t, fused)); return dict(rati
 def paths():
     "AdamW on a matrix that stays in the cache, by instruction set."
     from paretolab.kernels import state_steps
-    from paretolab.optimizers.state_codes import Expanded, Tree
+    from paretolab.optimizers.state_codes import Expanded, Log, Tree
     n, out, shape = dict(beta1=.9, fresh1=.1, beta2=.95, fresh2=.05, keep=1., step=1e-3, eps=1e-8), {}, (256, 512)
-    for form in (Tree(), Expanded()):
+    for form in (Log(), Tree(), Expanded()):
         w, g = torch.randn(shape), torch.randn(shape); m, v = form.encode(g, True), form.encode(g*g, False)
-        for path in range(native.load("state_steps.cpp").best_path() + 1):
+        for path in range(min(native.load("state_steps.cpp").best_path(), 1 if form.kind == 2 else 2) + 1):
             t = []
             for _ in range(40): start = time.thread_time(); [state_steps.adamw(form, [w], [g], [m], [v], path=path, **n) for _ in range(3)]; t.append((time.thread_time() - start)/3)
             out[f"{type(form).__name__} {('portable', 'AVX2', 'AVX-512')[path]}"] = statistics.median(t)/w.numel()*1e9
@@ -58,7 +58,7 @@ def paths():
     return out
 
 STEPS, RATES = 60, {"AdamW": (2e-3, 4e-3, 8e-3), "Lion": (2.5e-4, 5e-4, 1e-3)}
-TRAINED = {"AdamW": ("adamw.AdamW", "low_bit_states.AdamW8", "low_bit_states.AdamFP8"), "Lion": ("lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionFP8")}
+TRAINED = {"AdamW": ("adamw.AdamW", "low_bit_states.AdamW8", "low_bit_states.AdamTree", "low_bit_states.AdamFP8"), "Lion": ("lion.Lion", "low_bit_states.Lion8", "low_bit_states.LionTree", "low_bit_states.LionFP8")}
 def trial(optimizer, lr, seed, text, shake=0):
     "Bits per byte and bytes of state after a short run; `shake` draws a change of the start by a millionth."
     from paretolab.engine.evaluate import bits_per_byte, macro

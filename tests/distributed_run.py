@@ -14,7 +14,7 @@ from paretolab.engine.fit import fit
 from paretolab.engine.schedules import cosine
 from paretolab.models.mobilellm import MobileLLM, Shape
 from paretolab.optimizers import apollo, galore, lion, low_bit_states
-from paretolab.optimizers.state_codes import Tree
+from paretolab.optimizers.state_codes import Log
 
 torch.set_num_threads(1); warnings.simplefilter("ignore"); os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 STEPS, EVERY = 8, 2
@@ -42,7 +42,7 @@ class Noise:
         for p in model.parameters(): (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).add_(1e-4*torch.randn(()))
 
 adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=3e-3, fused=True)
-class Eight(low_bit_states.AdamW): states = low_bit_states.Small(Tree(), least=64)                # so that matrices as small as these count
+class Eight(low_bit_states.AdamW): states = low_bit_states.Small(Log(), least=64)                # so that matrices as small as these count
 OPTIMIZERS = dict(AdamW=adamw, Lion=lambda m: lion.Lion(m.named_parameters(), lr=1e-3), APOLLO=lambda m: apollo.APOLLO(m.named_parameters(), lr=3e-3, gap=4),
     GaLore=lambda m: galore.GaLore(m.named_parameters(), lr=3e-3, gap=4), AdamW8=lambda m: Eight(m.named_parameters(), lr=3e-3), SGD=lambda m: torch.optim.SGD(m.parameters(), lr=.1, momentum=.9))
 

@@ -8,7 +8,7 @@ __all__ = ['adamw', 'AdamW']
 # %% ../../../nbs/optimizers/adamw.ipynb #af80c4a4
 import torch
 from torch.optim.adamw import adamw as fused
-from .contract import Optimizer, local, working
+from .contract import Optimizer, local, parted, working
 
 # %% ../../../nbs/optimizers/adamw.ipynb #662d95cb
 def adamw(
@@ -17,10 +17,10 @@ def adamw(
     params:list, # parameters with gradients
 ):
     "One step of torch's fused AdamW."
-    few, params = [p for p in params if o.states.small(p.shape)], [p for p in params if not o.states.small(p.shape)]
+    few, params = parted(params, lambda p: o.states.small(p.shape))
     if few: o.states.adamw(o, g, few)
-    as_it_is = lambda p: p.dtype == working(p) and local(p).is_contiguous()
-    for part in [[p for p in params if as_it_is(p)], *([p] for p in params if not as_it_is(p))]:
+    many, alone = parted(params, lambda p: p.dtype == working(p) and local(p).is_contiguous())
+    for part in ([many] if many else []) + [[p] for p in alone]:
         for p in part: o.begin(p, **{} if o.state[p] else {k: torch.zeros_like(p, dtype=working(p), memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")})
         W = [o.weight(p).detach() for p in part]
         Θ, G = [w.contiguous() for w in W], [local(p.grad).to(working(p)).contiguous() for p in part]

@@ -122,15 +122,22 @@ class _Ledger:
         return rules
 
 # %% ../../../nbs/optimizers/contract.ipynb #91b752f6
+def parted(items, test):
+    "Those that pass, and the others."
+    found = [], []
+    for x in items: found[not test(x)].append(x)
+    return found
+
+def _as(x, t): return x if x.dtype == t else x.to(t)                         # `to` alone takes two microseconds to find out that there is nothing to do
 def _number(x): return torch.tensor(x, dtype=torch.float32, device="cpu")     # of the state, whatever torch's default type and device are
 
 # %% ../../../nbs/optimizers/contract.ipynb #24bdd23a
 class _Work:
     "What a rule works on."
     def gradient(self, g, p):
-        x = local(p.grad).to(working(p))
+        x = _as(local(p.grad), working(p))
         return -x if g["maximize"] else x
-    def weight(self, p): return local(p).to(working(p))
+    def weight(self, p): return _as(local(p), working(p))
     def put(self, p, w):
         if w.dtype != p.dtype: self.rounding(p, w)
     def begin(self, p, **zeros):
@@ -146,9 +153,8 @@ class _Work:
     def tick(self, p): return self.ticks([p])[0]
     def batches(self, g, params, kept=True): # can moments be worked on as they are kept?
         "All parameters of which nothing has to be copied together, the others one by one."
-        alike = lambda p: kept and not g["maximize"] and p.dtype == working(p) and local(p).is_contiguous() and local(p.grad).is_contiguous()
-        many, alone = [p for p in params if alike(p)], [[p] for p in params if not alike(p)]
-        return [many, *alone] if many else alone
+        many, alone = parted(params, lambda p: kept and not g["maximize"] and p.dtype == working(p) and local(p).is_contiguous() and local(p.grad).is_contiguous())
+        return ([many] if many else []) + [[p] for p in alone]
 
 # %% ../../../nbs/optimizers/contract.ipynb #5e0c9d17
 _bare = SimpleNamespace(**{k: inspect.unwrap(getattr(torch.optim.Optimizer, k)) for k in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")})
@@ -210,6 +216,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
             for k,(s,t) in need.items():
                 v, types = held.get(k), {t, working(p)} if t == torch.float32 else {t}
                 if not isinstance(v, Tensor) or v.shape != s or v.dtype not in types: raise ValueError(f"the saved {k} of {n!r} is {'missing' if v is None else f'{tuple(v.shape)}, {v.dtype}' if isinstance(v, Tensor) else repr(v)} where {s}, {t} is needed; make the optimizer as the one that was saved")
+            if need and (more := sorted(held.keys() - need.keys())): raise ValueError(f"the saved state of {n!r} has {', '.join(more)}, where only {', '.join(need)} are needed; make the optimizer as the one that was saved")
 
     def load_state_dict(self, state_dict):
         "Load a saved state; every tensor keeps the type it was saved in."

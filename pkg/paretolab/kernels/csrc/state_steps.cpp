@@ -13,7 +13,7 @@
 struct Moment { uint8_t* codes; float* scales; uint8_t* powers; };
 struct Job {
     float* w; const float* g; Moment m, v;
-    int64_t columns; int32_t lion, expanded;
+    int64_t columns; int32_t lion, kind;       // of the format: 0 is the tree, 1 the expansion, 2 the logarithm
     float beta1, fresh1, beta2, fresh2, keep, step, eps;
     const float* decades;      // of the tree, signed and then unsigned: sixteenths of eight decades, the decades' inverses over 0.9, seven borders between them and a blank
     const float* curves;       // of the expansion: 1/c and log₂c of eighths, three coefficients of the logarithm, log₂ of the range
@@ -74,8 +74,8 @@ static Job placed(Job j, const int64_t* at) { memcpy((void*)&j, at, 9 * 8); retu
 extern "C" void step(const Job* shared, const int64_t* at, int64_t count, int threads, int path) {
     for (; count--; at += 10) parts(at[9], at[8], threads, [j = placed(*shared, at), path](int64_t a, int64_t b) {
 #if defined(__x86_64__)
-        if (path == 2) return avx512::rows(j, a, b);
-        if (path == 1) return avx2::rows(j, a, b);
+        if (path == 2 && j.kind < 2) return avx512::rows(j, a, b);
+        if (path >= 1) return avx2::rows(j, a, b);
 #endif
         portable::rows(j, a, b);
     });
@@ -84,8 +84,8 @@ extern "C" void step(const Job* shared, const int64_t* at, int64_t count, int th
 extern "C" void recode(const Job* shared, const int64_t* at, int64_t, float* x, int is_signed, int decode, int path) {
     const Job j = placed(*shared, at);
 #if defined(__x86_64__)
-    if (path == 2) return avx512::recode(j, x, at[9], is_signed, decode);
-    if (path == 1) return avx2::recode(j, x, at[9], is_signed, decode);
+    if (path == 2 && j.kind < 2) return avx512::recode(j, x, at[9], is_signed, decode);
+    if (path >= 1) return avx2::recode(j, x, at[9], is_signed, decode);
 #endif
     portable::recode(j, x, at[9], is_signed, decode);
 }
@@ -190,8 +190,7 @@ template <bool S> static inline I take(const uint8_t* x, int n) {          // by
 }
 static inline void give(uint8_t* x, I c, int n) { B v = __builtin_convertvector(c, B); if (n >= WIDTH) memcpy(x, &v, WIDTH); else memcpy(x, &v, n); }
 
-template <class G> static inline __attribute__((always_inline)) void each(int n, const G& f) {     // vector by vector; only the last may be cut
-    int64_t k = 0;
+template <class G> static inline __attribute__((always_inline)) void each(int n, const G& f, int64_t k = 0) {     // vector by vector from the k-th number; only the last may be cut
     for (; k + WIDTH <= n; k += WIDTH) f(k, WIDTH);
     if (k < n) f(k, int(n - k));
 }
@@ -219,7 +218,7 @@ static inline __m512i look256(const __m512i* t, __m512i i) {               // in
 #endif
 
 template <bool S> struct Tree {
-    static const int block = 256;
+    static const int block = 256, spans = false;
     static constexpr float least = S ? 0x1p-23f : 1.2e-7f;                 // magnitudes below it have the code of this one
     F decade[eight], inverse[eight];
 #if WIDTH == 4
@@ -312,7 +311,7 @@ template <bool S> struct Tree {
 };
 
 template <bool S> struct Expanded {
-    static const int block = 128;
+    static const int block = 128, spans = true;                           // asks for a block's smallest number too
     F inv[eight], log[eight];
     float a[3], range;
     const float* values; const uint8_t *planes, *borders, *shifts; const uint16_t* steps;
@@ -440,6 +439,80 @@ template <bool S> struct Expanded {
     };
 };
 
+#if WIDTH < 16                                                             // the processors that have more run the text for AVX2
+static const struct Inverses { int of[33]; Inverses() { for (int p = 1; p < 33; p++) of[p] = std::min((65536 / p + 1) / 2, 32767); } } inverses;
+template <bool S> struct Log {
+    static const int block = 256, spans = true, N = S ? 127 : 255;
+    Log(const Job&) {}
+    static int power(int32_t top, uint32_t least) {                    // the step
+        const int T = top >> 16, L = int((least + 0x800000) >> 16);
+        return top >= 0x7f800000 ? 1 : std::max(1, std::min({(T - L + N - 2) / (N - 1), T >> 8, 32}));
+    }
+    void powers(const int32_t* top, const uint32_t* least, uint8_t* p, int n) const { for (int i = 0; i < n; i++) p[i] = uint8_t(S && i < 1024 / block ? power(top[i], least[i]) : Log<false>::power(top[i], least[i])); }     // of first moments and then of second ones
+    struct Decoder {
+        uint32_t base, p; F times;                                         // NaN where the scale is, or infinite
+#if WIDTH == 8
+        __m256i base16, p16, low16;
+#endif
+        Decoder(const Log&, const Moment& m, int64_t i, float times) : p(m.powers[i]), times(all(times + 0 * m.scales[i])) {
+            memcpy(&base, m.scales + i, 4);
+            base -= N * p << 16;
+#if WIDTH == 8
+            base16 = _mm256_set1_epi16(int16_t(base >> 16)); low16 = _mm256_set1_epi16(int16_t(base)); p16 = _mm256_set1_epi16(int16_t(p));
+#endif
+        }
+        F operator()(I c) const {
+            const U u = base + ((U)(S ? larger(c, -c) : c) * p << 16);
+            return fl(bits(with_sign((F)u, S ? c : I{})) & (c != 0)) * times;
+        }
+#if WIDTH == 8
+        INLINE void two(const uint8_t* codes, F* y) const {                // sixteen numbers
+            const __m128i x = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i*)codes), 0xd8);
+            const __m256i c = S ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x), none = _mm256_cmpeq_epi16(c, _mm256_setzero_si256());
+            __m256i h = _mm256_add_epi16(_mm256_mullo_epi16(S ? _mm256_abs_epi16(c) : c, p16), base16);
+            if (S) h = _mm256_xor_si256(h, _mm256_and_si256(c, _mm256_set1_epi16(INT16_MIN)));
+            h = _mm256_andnot_si256(none, h);
+            const __m256i l = _mm256_andnot_si256(none, low16);
+            y[0] = (F)_mm256_unpacklo_epi16(l, h) * times; y[1] = (F)_mm256_unpackhi_epi16(l, h) * times;
+        }
+#endif
+    };
+    struct Encoder {
+        int T, p, inverse; float r;                                        // r is 0 where nothing is kept
+        Encoder(const Log&, Moment& m, int64_t i, float s, float r, uint8_t power) : p(power), inverse(inverses.of[p]), r(r) {
+            int32_t b; memcpy(&b, &s, 4);
+            T = b >> 16;
+            if (T < 256) s = this->r = 0;
+            m.scales[i] = s; m.powers[i] = power;
+        }
+        I operator()(F x) const {                                          // the code is the last byte
+            const I h = bits(x) >> 16, a = h & 0x7fff, k = N - (((T - a) * inverse + 16384) >> 15), c = larger(k, every(1)) & (a != 0);
+            return S ? times_sign(c & (k >= 1 - 128 / p), h) : c;
+        }
+        void rest(uint8_t* codes, const float* x, int n) const { for (int k = 0; k < n; k += WIDTH) give(codes + k, (*this)(take(x + k, WIDTH)), n - k); }
+#if WIDTH == 8
+        INLINE __m256i two(const float* x) const {                         // codes of sixteen numbers, those of the first eight and the others in turns
+            const __m256i h = _mm256_blend_epi16(_mm256_srli_epi32(*(const __m256i*)x, 16), *(const __m256i*)(x + 8), 0xaa);
+            const __m256i t = _mm256_sub_epi16(_mm256_set1_epi16(int16_t(T)), S ? _mm256_and_si256(h, _mm256_set1_epi16(INT16_MAX)) : h);
+            const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(N), _mm256_mulhrs_epi16(t, _mm256_set1_epi16(int16_t(inverse))));
+            __m256i c = _mm256_max_epi16(k, _mm256_set1_epi16(1));
+            if (S) c = _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(1 - 128 / p)), k), c);
+            return _mm256_sign_epi16(c, h);
+        }
+        INLINE void four(uint8_t* codes, const float* x, int k) const {    // 32 numbers
+            const __m256i a = two(x + k), b = two(x + k + 16), c = S ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
+            const __m128i turns = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+            _mm256_storeu_si256((__m256i*)(codes + k), in_order(_mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(turns))));
+        }
+        int most(uint8_t* codes, const float* x, int n) const {            // whole 32s
+            for (int k = 0; k < (n & ~31); k += 32) four(codes, x, k);
+            return n & ~31;
+        }
+#endif
+    };
+};
+#endif
+
 template <class V, class O> static inline auto across(V a, O f) {
     I lane; for (int i = 0; i < WIDTH; i++) lane[i] = i;
     for (int s = WIDTH / 2; s; s /= 2) a = f(a, __builtin_shuffle(a, lane ^ s));
@@ -539,7 +612,7 @@ template <template <bool> class Format> struct Unit {                      // so
 };
 
 template <template <bool> class Format, bool lion> static void update(const Job& j, const Format<true>& one, const Format<false>& two, Unit<Format>& u, int b) {
-    Extremes<true, Format<true>::block == 128> em; Extremes<false, Format<true>::block == 128> ev;
+    Extremes<true, Format<true>::spans> em; Extremes<false, Format<true>::spans> ev;
     const Moment m = j.m, v = j.v;
     const typename Format<true>::Decoder dm(one, m, u.first + b, lion ? 1 : j.beta1);
     const typename Format<false>::Decoder dv(two, lion ? m : v, u.first + b, j.beta2);
@@ -583,7 +656,7 @@ template <template <bool> class Format, bool lion> static void some(const Job& j
     for (int64_t i = first * blocks; i < last * blocks; i += Unit<Format>::most) {
         Unit<Format> u(j, blocks, i, last * blocks);
         for (int b = 0; b < u.count; b++) {
-            if (one.block == 128) fetch(j, u.at[b] + 1024, lion);          // the tree's longer walks do without
+            if (one.block == 128) fetch(j, u.at[b] + 1024, lion);          // the others do without
             update<Format, lion>(j, one, two, u, b);
         }
         one.powers(u.top[0], u.least[0], u.power[0], 2 * u.most);
@@ -595,8 +668,70 @@ template <template <bool> class Format, bool lion> static void some(const Job& j
     }
 }
 
+#if WIDTH == 8
+template <bool lion> static void logs(const Job& j, int64_t first, int64_t last) {         // `some`, for a format whose numbers cost less than what is kept of them
+    alignas(64) float X[256], Y[256], D[256];
+    const Log<true> one(j); const Log<false> two(j);
+    int64_t i = first * ((j.columns + 255) / 256);
+    Moment m = j.m, v = lion ? j.m : j.v;
+    const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step, eps = j.eps;
+    const auto block = [&](int64_t at, auto size) INLINE {                        // all but a row's last have 256 numbers, which the compiler may know
+        const int n = size, whole = n & ~31;
+        float *const w = j.w + at; const float* const g = j.g + at;
+        const Log<true>::Decoder dm(one, m, i, lion ? 1 : beta1); const Log<false>::Decoder dv(two, v, i, beta2);
+        Extremes<true, true> em; Extremes<false, true> ev;
+        const auto update = [&](int64_t k, int l, F x, F y) INLINE {
+            const F d = take(g + k, l);
+            if (lion) {
+                const F c = beta1 * x + fresh1 * d;
+                give(w + k, take(w + k, l) * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : F{}), l);
+                x = beta2 * x + fresh2 * d;
+            } else {
+                x += fresh1 * d; y += fresh2 * d * d;
+                give(Y + k, y, 8); ev.see(y); give(D + k, root(y) + eps, 8);
+            }
+            give(X + k, x, 8); em.see(x);
+        };
+        for (int k = 0; k < whole; k += 16) {
+            F x[2], y[2] = {};
+            dm.two(m.codes + at + k, x);
+            if (!lion) dv.two(v.codes + at + k, y);
+            update(k, 8, x[0], y[0]); update(k + 8, 8, x[1], y[1]);
+        }
+        each(n, [&](int64_t k, int l) INLINE { update(k, l, dm(take<true>(m.codes + at + k, l)), lion ? F{} : dv(take<false>(v.codes + at + k, l))); }, whole);
+        const auto encoder = [&](const auto& log, Moment& m, const auto& e) {
+            float s, r;
+            const int32_t top = across(e.top, [](U a, U b) { return a > b ? a : b; }) & INT32_MAX;
+            scale(top, s, r);
+            return typename std::decay_t<decltype(log)>::Encoder(log, m, i, s, r, log.power(top, across(e.least, [](U a, U b) { return smaller(a, b); })));
+        };
+        const auto cm = encoder(one, m, em);
+        if constexpr (lion) for (int k = 0; k < whole; k += 32) cm.four(m.codes + at, X, k);
+        else {
+            const auto move = [&](int64_t k, int l) INLINE { give(w + k, take(w + k, l) * keep - *(const F*)(X + k) * step / *(const F*)(D + k), l); };
+            const auto cv = encoder(two, v, ev);
+            for (int k = 0; k < whole; k += 32) { FOUR move(k + 8 * i, 8); cm.four(m.codes + at, X, k); cv.four(v.codes + at, Y, k); }
+            each(n, move, whole);
+            cv.rest(v.codes + at + whole, Y + whole, n - whole);
+            if (cv.r == 0) memset(v.codes + at, 0, n);
+        }
+        cm.rest(m.codes + at + whole, X + whole, n - whole);
+        if (cm.r == 0) memset(m.codes + at, 0, n);
+    };
+    for (int64_t row = first; row < last; row++) for (int64_t column = 0; column < j.columns; column += 256, i++) {
+        const int64_t at = row * j.columns + column, left = j.columns - column;
+        left < 256 ? block(at, int(left)) : block(at, std::integral_constant<int, 256>());
+    }
+}
+#endif
+
 static void rows(const Job& j, int64_t first, int64_t last) {
-    if (j.expanded) j.lion ? some<Expanded, true>(j, first, last) : some<Expanded, false>(j, first, last);
+    if (j.kind == 1) j.lion ? some<Expanded, true>(j, first, last) : some<Expanded, false>(j, first, last);
+#if WIDTH == 8
+    else if (j.kind == 2) j.lion ? logs<true>(j, first, last) : logs<false>(j, first, last);
+#elif WIDTH == 4
+    else if (j.kind == 2) j.lion ? some<Log, true>(j, first, last) : some<Log, false>(j, first, last);
+#endif
     else j.lion ? some<Tree, true>(j, first, last) : some<Tree, false>(j, first, last);
 }
 
@@ -620,7 +755,10 @@ template <template <bool> class Format, bool S> static void one_way(const Job& j
 }
 
 static void recode(const Job& j, float* x, int64_t rows, bool is_signed, bool decode) {
-    if (j.expanded) is_signed ? one_way<Expanded, true>(j, x, rows, decode) : one_way<Expanded, false>(j, x, rows, decode);
+    if (j.kind == 1) is_signed ? one_way<Expanded, true>(j, x, rows, decode) : one_way<Expanded, false>(j, x, rows, decode);
+#if WIDTH < 16
+    else if (j.kind == 2) is_signed ? one_way<Log, true>(j, x, rows, decode) : one_way<Log, false>(j, x, rows, decode);
+#endif
     else is_signed ? one_way<Tree, true>(j, x, rows, decode) : one_way<Tree, false>(j, x, rows, decode);
 }
 }
