@@ -84,25 +84,30 @@ def lion(module, device, n, dtype, state, exact):
         far = (x - y).abs() > (0 if exact else 2**-6*x.abs() + (1.001 if state == torch.int8 else 1e-6))
         assert far.sum() <= (0 if exact else 1 + n//500)
 
-TREES = [(1, 1, torch.float32), (3, 255, torch.bfloat16), (2, 600, torch.float32), (2, 257, torch.float16)]
+LOGS = [(1, 1, torch.float32), (3, 255, torch.bfloat16), (2, 600, torch.float32), (2, 257, torch.float16)]
 
-def tree_adamw(module, device, R, C, dtype, exact):
-    "Bit for bit in the interpreter; where products may be contracted, codes but for a few by one."
-    from paretolab.optimizers.state_codes import Tree
+def logarithms(module, device, R, C, dtype, exact):
+    "AdamW and Lion: bit for bit in the interpreter; where products may be contracted, codes but for a few by one."
+    from paretolab.kernels import state_steps
+    from paretolab.optimizers.state_codes import Log
     torch.manual_seed(C)
-    a = [torch.randn(R, C).to(dtype), *(Tree().encode(torch.zeros(R, C), s) for s in (True, False))]
-    b = [a[0].clone().to(device), *(tuple(t.clone().to(device) for t in x) for x in a[1:])]
-    for t in range(1, 4):
-        g = (torch.randn(R, C)*torch.randn(R, C).exp()).to(dtype)
-        g[:, ::5] = 0
-        module.naive_adamw(a[0], g, *a[1:], t, 0.1, (0.9, 0.95), 1e-8, 0.1)
-        module.fast_adamw(b[0], g.to(device), *b[1:], t, 0.1, (0.9, 0.95), 1e-8, 0.1)
-    for x, y in zip([a[0], *a[1], *a[2]], [b[0], *b[1], *b[2]]):
-        far = (x.float() - y.cpu().float()).abs() > (0 if exact else 1 if x.dtype == torch.uint8 else 2**-6*x.float().abs() + 1e-6)
-        assert far.sum() <= (0 if exact else 1 + x.numel()//500)
-    g[0, -1] = torch.inf                                                  # a bad gradient is seen in the scale of its block, and in no other
-    module.naive_adamw(a[0], g, *a[1:], 4, 0.1), module.fast_adamw(b[0], g.to(device), *b[1:], 4, 0.1)
-    for (_, s), (_, there) in zip(a[1:], b[1:]): assert torch.equal(s.isnan(), there.cpu().isnan()) and s.isnan().sum() == 1
+    numbers = dict(beta1=0.9, fresh1=0.1, beta2=0.95, fresh2=0.05, keep=0.99, step=0.1)
+    for moments, rule, more in (((True, False), state_steps._adamw, dict(eps=1e-8)), ((True,), state_steps._lion, {})):
+        a = [torch.randn(R, C).to(dtype), *(Log().encode(torch.zeros(R, C), s) for s in moments)]
+        b = [a[0].clone().to(device), *(tuple(t.clone().to(device) for t in x) for x in a[1:])]
+        for t in range(5):
+            g = (torch.randn(R, C)*torch.exp2(8*torch.randn(R, C)).clamp(1e-4, 1e4)).to(dtype)     # more octaves than steps of 32 places reach
+            g[:, ::5] = 0
+            if t == 3: g[0, -1] = torch.inf                               # a bad gradient is seen in the scale of its block, and in no other
+            w = a[0].float()
+            rule(Log(), w, g.float(), *a[1:], **numbers, **more)
+            a[0].copy_(w)
+            module.log(b[0], g.to(device), *b[1:], *([] if more else [()]), **numbers, **more)
+            if t > 2: continue
+            for x, y in zip([a[0], *(u for m in a[1:] for u in m)], [b[0], *(u for m in b[1:] for u in m)]):
+                far = (x.float() - y.cpu().float()).abs() > (0 if exact else 1 if x.dtype == torch.uint8 else 2**-6*x.float().abs() + 1e-6)
+                assert far.sum() <= (0 if exact else 1 + x.numel()//500)
+        for (_, s, _), (_, there, _) in zip(a[1:], b[1:]): assert torch.equal(s.isnan(), there.cpu().isnan()) and s.isnan().sum() == 1
 
 ATTENTIONS = [(1, 1, 1, 16, 16, 1, 1, torch.float32), (1, 3, 70, 16, 16, 1, 2, torch.float32), (2, 2, 60, 32, 16, 2, 2, torch.float32), (1, 4, 90, 16, 16, 1, 4, torch.float32), (1, 3, 70, 32, 16, 1, 3, torch.bfloat16), (1, 2, 65, 16, 32, 1, 2, torch.float16)]
 
@@ -147,7 +152,7 @@ def everything(module, device, name, exact=False):
         for case in STATES:
             if case[2] == torch.float8_e4m3fn and device == "cuda" and torch.cuda.get_device_capability() < (8, 9): continue    # Triton compiles no e4m3 there, and `states.cases` names no such target
             lion(module, device, *case, exact)
-        for case in TREES: tree_adamw(module, device, *case, exact)
+        for case in LOGS: logarithms(module, device, *case, exact)
     if name == "s2_attention":
         for case in ATTENTIONS: attention(module, device, *case)
     if name == "apollo_step":

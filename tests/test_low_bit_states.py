@@ -213,6 +213,22 @@ def test_without_a_compiler_it_is_the_same_to_the_bit(name, monkeypatch):
     train(Q, b := make(name, Q, lr=.01), 0, 3)
     assert same(P, Q) and all(alike(a.state[P[n]].values(), b.state[Q[n]].values()) for n in P)
 
+@pytest.mark.parametrize("name", ["AdamW8", "Lion8", "GaLore8"])
+def test_where_parameters_lie_on_a_gpu_the_triton_kernel_steps(name, monkeypatch):
+    from paretolab.kernels import states
+    from paretolab.kernels.interpreter import interpret
+    few = {"embed.weight": (2, 300), "q.weight": (9, 40), "norm.weight": (8,)}; of = lambda n, t: gradient(n, t, few)
+    P, Q, called, log = start(shapes=few), start(shapes=few), [], states.log; train(P, a := make(name, P, lr=.01, **dict(rank=3) if name == "GaLore8" else {}), 0, 2, of)
+    monkeypatch.setattr(state_steps, "_elsewhere", lambda *_: True); monkeypatch.setattr(states, "log", lambda *x, **k: (called.append(1), log(*x, **k)))
+    with interpret(): train(Q, b := make(name, Q, lr=.01, **dict(rank=3) if name == "GaLore8" else {}), 0, 2, of)
+    assert called and same(P, Q) and all(alike(a.state[P[n]].values(), b.state[Q[n]].values()) for n in P)
+
+def test_formats_that_read_tables_are_for_the_processor():
+    there = types.SimpleNamespace(device=torch.device("cuda"))
+    for form in (Tree(), Expanded()):
+        with pytest.raises(ValueError, match=r"for parameters on the processor \(got cuda\); take those in logarithms"): state_steps._elsewhere(form, [there])
+    assert state_steps._elsewhere(Log(), [there]) and not state_steps._elsewhere(Log(), [torch.zeros(1), torch.zeros(1, device="meta")])
+
 @every
 def test_a_bad_number_stays_in_its_block(name):
     P, Q = start(), start()

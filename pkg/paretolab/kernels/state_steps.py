@@ -84,7 +84,17 @@ def _step(lib, path, form, M, V, W, G, numbers):
 def _recode(lib, path, form, parts, x, signed, back):
     if not isinstance(x, FakeTensor): _call("recode", lib, path, form, [_place(form, parts)], _P(x.data_ptr()), int(signed), int(back))
 
-# %% ../../../nbs/kernels/state_steps.ipynb #6cf64c95
+# %% ../../../nbs/kernels/state_steps.ipynb #01e640cc
+def _elsewhere(form, tensors):
+    "Do they lie on a GPU?"
+    if all(t.device.type in ("cpu", "meta") for t in tensors): return False
+    if form.kind < 2: raise ValueError(f"moments in a tree or in expanded FP8 are for parameters on the processor (got {tensors[0].device}); take those in logarithms, as AdamW8 and Lion8 do")
+    return True
+def _on_a_gpu(W, G, M, V, numbers):
+    from paretolab.kernels import states
+    for w,g,m,v in zip(W, G, M, V, strict=True): states.log(_rows(w), _rows(g), _flat(m), v and _flat(v), **numbers)
+
+# %% ../../../nbs/kernels/state_steps.ipynb #13bb6407
 def adamw(
     form, # format of the moments: `Log()`, `Tree()` or `Expanded()` of `optimizers.state_codes`
     W:list, # weights θ, (R, ...) float32; changed in place
@@ -95,10 +105,11 @@ def adamw(
     **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η', eps = ϵ'
 )->None:
     "One step of AdamW, in one pass over each matrix."
+    if _elsewhere(form, W): return _on_a_gpu(W, G, M, V, numbers)
     if (lib := native.load("state_steps.cpp")) is not None: return _step(lib, path, form, M, V, W, G, numbers)
     for w,g,m,v in zip(W, G, M, V, strict=True): _adamw(form, _rows(w), _rows(g), _flat(m), _flat(v), **numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #16657046
+# %% ../../../nbs/kernels/state_steps.ipynb #40e889da
 def lion(
     form, # format of the moment
     W:list, # weights θ, (R, ...) float32; changed in place
@@ -108,10 +119,11 @@ def lion(
     **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η
 )->None:
     "One step of Lion, in one pass over each matrix."
+    if _elsewhere(form, W): return _on_a_gpu(W, G, M, [()]*len(W), numbers)
     if (lib := native.load("state_steps.cpp")) is not None: return _step(lib, path, form, M, [()]*len(W), W, G, numbers)
     for w,g,m in zip(W, G, M, strict=True): _lion(form, _rows(w), _rows(g), _flat(m), **numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #de6a6f7f
+# %% ../../../nbs/kernels/state_steps.ipynb #6006c6ac
 def encode(
     form, # format
     x:Tensor, # numbers, (R, ...) float32
@@ -119,7 +131,7 @@ def encode(
     path:int|None=None, # as above
 )->tuple: # codes (R, ...), and for each block its scale, and step or power
     "`form.encode` in one pass."
-    if (lib := native.load("state_steps.cpp")) is None:
+    if (lib := native.load("state_steps.cpp")) is None or _elsewhere(form, [x]):
         c, *rest = form.encode(_rows(x.contiguous()), signed)
         return c.view(x.shape), *rest
     if x.dtype != torch.float32: raise TypeError(f"numbers to encode are float32 (got {x.dtype})")
@@ -128,7 +140,7 @@ def encode(
     _recode(lib, path, form, parts, x, signed, False)
     return parts
 
-# %% ../../../nbs/kernels/state_steps.ipynb #c31c0c2b
+# %% ../../../nbs/kernels/state_steps.ipynb #fa0adc1f
 def decode(
     form, # format
     parts:tuple, # codes (R, ...), and for each block its scale, and step or power
@@ -136,7 +148,7 @@ def decode(
     path:int|None=None, # as above
 )->Tensor: # (R, ...) float32
     "`form.decode` in one pass."
-    if (lib := native.load("state_steps.cpp")) is None: return form.decode(*_flat(parts), signed).view(parts[0].shape)
+    if (lib := native.load("state_steps.cpp")) is None or _elsewhere(form, [parts[0]]): return form.decode(*_flat(parts), signed).view(parts[0].shape)
     x = torch.empty(parts[0].shape, dtype=torch.float32, device="cpu")
     _recode(lib, path, form, parts, x, signed, True)
     return x
