@@ -122,9 +122,8 @@ static inline F size_above(F x, float least) {                             // |x
 #endif
 }
 static inline F with_sign(F x, I of) { return fl(bits(x) ^ (of & INT32_MIN)); }
-#if WIDTH == 8
+#undef FOUR
 #define FOUR for (int i = 0; i < 4; i++)
-#endif
 static inline I times_sign(I x, I of) {                                    // x, -x or 0
 #if WIDTH == 8
     return (I)_mm256_sign_epi32((__m256i)x, (__m256i)of);
@@ -448,7 +447,7 @@ template <bool S> struct Log {
         const int T = top >> 16, L = int((least + 0x800000) >> 16);
         return top >= 0x7f800000 ? 1 : std::max(1, std::min({(T - L + N - 2) / (N - 1), T >> 8, 32}));
     }
-    void powers(const int32_t* top, const uint32_t* least, uint8_t* p, int n) const { for (int i = 0; i < n; i++) p[i] = uint8_t(S && i < 1024 / block ? power(top[i], least[i]) : Log<false>::power(top[i], least[i])); }     // of first moments and then of second ones
+    void powers(const int32_t* top, const uint32_t* least, uint8_t* p, int n) const { for (int i = 0; i < n; i++) p[i] = uint8_t(power(top[i], least[i])); }
     struct Decoder {
         uint32_t base, p; F times;                                         // NaN where the scale is, or infinite
 #if WIDTH == 8
@@ -466,7 +465,7 @@ template <bool S> struct Log {
             return fl(bits(with_sign((F)u, S ? c : I{})) & (c != 0)) * times;
         }
 #if WIDTH == 8
-        INLINE void two(const uint8_t* codes, F* y) const {                // sixteen numbers
+        INLINE void two(const uint8_t* codes, F* y) const {                // vectors of numbers
             const __m128i x = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i*)codes), 0xd8);
             const __m256i c = S ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x), none = _mm256_cmpeq_epi16(c, _mm256_setzero_si256());
             __m256i h = _mm256_add_epi16(_mm256_mullo_epi16(S ? _mm256_abs_epi16(c) : c, p16), base16);
@@ -475,6 +474,8 @@ template <bool S> struct Log {
             const __m256i l = _mm256_andnot_si256(none, low16);
             y[0] = (F)_mm256_unpacklo_epi16(l, h) * times; y[1] = (F)_mm256_unpackhi_epi16(l, h) * times;
         }
+#else
+        void two(const uint8_t* codes, F* y) const { for (int i = 0; i < 2; i++) y[i] = (*this)(take<S>(codes + i * WIDTH, WIDTH)); }
 #endif
     };
     struct Encoder {
@@ -499,7 +500,7 @@ template <bool S> struct Log {
             if (S) c = _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(1 - 128 / p)), k), c);
             return _mm256_sign_epi16(c, h);
         }
-        INLINE void four(uint8_t* codes, const float* x, int k) const {    // 32 numbers
+        INLINE void four(uint8_t* codes, const float* x, int k) const {    // vectors
             const __m256i a = two(x + k), b = two(x + k + 16), c = S ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
             const __m128i turns = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
             _mm256_storeu_si256((__m256i*)(codes + k), in_order(_mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(turns))));
@@ -508,6 +509,8 @@ template <bool S> struct Log {
             for (int k = 0; k < (n & ~31); k += 32) four(codes, x, k);
             return n & ~31;
         }
+#else
+        void four(uint8_t* codes, const float* x, int k) const { rest(codes + k, x + k, 4 * WIDTH); }
 #endif
     };
 };
@@ -668,7 +671,7 @@ template <template <bool> class Format, bool lion> static void some(const Job& j
     }
 }
 
-#if WIDTH == 8
+#if WIDTH < 16
 template <bool lion> static void logs(const Job& j, int64_t first, int64_t last) {         // `some`, for a format whose numbers cost less than what is kept of them
     alignas(64) float X[256], Y[256], D[256];
     const Log<true> one(j); const Log<false> two(j);
@@ -676,7 +679,7 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
     Moment m = j.m, v = lion ? j.m : j.v;
     const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step, eps = j.eps;
     const auto block = [&](int64_t at, auto size) INLINE {                        // all but a row's last have 256 numbers, which the compiler may know
-        const int n = size, whole = n & ~31;
+        const int n = size, whole = n & -4 * WIDTH;
         float *const w = j.w + at; const float* const g = j.g + at;
         const Log<true>::Decoder dm(one, m, i, lion ? 1 : beta1); const Log<false>::Decoder dv(two, v, i, beta2);
         Extremes<true, true> em; Extremes<false, true> ev;
@@ -688,15 +691,15 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
                 x = beta2 * x + fresh2 * d;
             } else {
                 x += fresh1 * d; y += fresh2 * d * d;
-                give(Y + k, y, 8); ev.see(y); give(D + k, root(y) + eps, 8);
+                give(Y + k, y, WIDTH); ev.see(y); give(D + k, root(y) + eps, WIDTH);
             }
-            give(X + k, x, 8); em.see(x);
+            give(X + k, x, WIDTH); em.see(x);
         };
-        for (int k = 0; k < whole; k += 16) {
+        for (int k = 0; k < whole; k += 2 * WIDTH) {
             F x[2], y[2] = {};
             dm.two(m.codes + at + k, x);
             if (!lion) dv.two(v.codes + at + k, y);
-            update(k, 8, x[0], y[0]); update(k + 8, 8, x[1], y[1]);
+            update(k, WIDTH, x[0], y[0]); update(k + WIDTH, WIDTH, x[1], y[1]);
         }
         each(n, [&](int64_t k, int l) INLINE { update(k, l, dm(take<true>(m.codes + at + k, l)), lion ? F{} : dv(take<false>(v.codes + at + k, l))); }, whole);
         const auto encoder = [&](const auto& log, Moment& m, const auto& e) {
@@ -706,11 +709,11 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
             return typename std::decay_t<decltype(log)>::Encoder(log, m, i, s, r, log.power(top, across(e.least, [](U a, U b) { return smaller(a, b); })));
         };
         const auto cm = encoder(one, m, em);
-        if constexpr (lion) for (int k = 0; k < whole; k += 32) cm.four(m.codes + at, X, k);
+        if constexpr (lion) for (int k = 0; k < whole; k += 4 * WIDTH) cm.four(m.codes + at, X, k);
         else {
             const auto move = [&](int64_t k, int l) INLINE { give(w + k, take(w + k, l) * keep - *(const F*)(X + k) * step / *(const F*)(D + k), l); };
             const auto cv = encoder(two, v, ev);
-            for (int k = 0; k < whole; k += 32) { FOUR move(k + 8 * i, 8); cm.four(m.codes + at, X, k); cv.four(v.codes + at, Y, k); }
+            for (int k = 0; k < whole; k += 4 * WIDTH) { FOUR move(k + WIDTH * i, WIDTH); cm.four(m.codes + at, X, k); cv.four(v.codes + at, Y, k); }
             each(n, move, whole);
             cv.rest(v.codes + at + whole, Y + whole, n - whole);
             if (cv.r == 0) memset(v.codes + at, 0, n);
@@ -727,10 +730,8 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
 
 static void rows(const Job& j, int64_t first, int64_t last) {
     if (j.kind == 1) j.lion ? some<Expanded, true>(j, first, last) : some<Expanded, false>(j, first, last);
-#if WIDTH == 8
+#if WIDTH < 16
     else if (j.kind == 2) j.lion ? logs<true>(j, first, last) : logs<false>(j, first, last);
-#elif WIDTH == 4
-    else if (j.kind == 2) j.lion ? some<Log, true>(j, first, last) : some<Log, false>(j, first, last);
 #endif
     else j.lion ? some<Tree, true>(j, first, last) : some<Tree, false>(j, first, last);
 }
