@@ -81,7 +81,7 @@ def logarithm(x, signed, near):
             if not np.isfinite(s) or s < 2.**-125: scales[-1] = 0. if np.isfinite(s) else np.nan; continue
             T = place(s); p = steps[-1] = int(max(min(np.ceil((T - place(a[a >= 2.**-126].min()))/(N - 1)), 32, T//256), 1))
             for j,v in enumerate(block):
-                if v == 0: continue
+                if v == 0 or (not signed and v < 2.**-126): continue
                 lie = N - (T - place(a[j]))/p; c = max(round(lie), 1)
                 if abs(lie - np.floor(lie) - .5) < p/256 and lie > 1: c = int(np.clip(min(q := int(near[r,i+j]), 256 - q) if signed else near[r,i+j], np.floor(lie), np.ceil(lie)))
                 if signed and round(lie) < 1 - 128//p: c = 0                                             # below half of the lowest level
@@ -111,8 +111,11 @@ def test_values_come_back_within_the_bound(signed):
     k = (k/16).repeat_interleave(128, 1); w = 448*(x.abs()/x.abs().unflatten(1, (-1, 128)).amax(-1).repeat_interleave(128, 1))**k
     bound = torch.where(w >= 2**-6, (1 + 2**-4)**(1/k) - 1, ((w + 2**-10)/w)**(1/k) - 1)             # half a step of FP8, drawn back by the power; a step above is wider than one below
     assert ((x - y).abs() <= 1.001*bound*x.abs()).all() and (y != 0).all()
-    y, p = Log().decode(*(parts := Log().encode(x, signed)), signed), parts[2].repeat_interleave(256, 1)
-    assert ((x - y).abs() <= (p/2 + 1.1)/128*x.abs()).all() and p.max() < 32                        # half a step, and a place for the bits cut off
+    worst = torch.tensor([[8.0625, 6.1989e-5, 5.0664e-6] if signed else [8.0625, 7.4506e-9, 6.1107e-13]])      # near the bound
+    for x in (x, worst):
+        y, p = Log().decode(*(parts := Log().encode(x, signed)), signed), parts[2].float().repeat_interleave(256, 1)[:,:x.shape[1]]
+        assert ((x - y).abs() <= (p/2 + p*p/256 + 1)/128*x.abs()).all() and p.max() < 32            # half a step, what the quotient is off, and a place for the bits cut off
+    x = numbers(4, 6, 512); x = x if signed else x*x
     if not signed:
         for form in FORMS: assert (form.decode(*form.encode(x, False), False) > 0).all()           # nothing above 0 becomes 0
 
@@ -161,12 +164,13 @@ def test_a_step_is_that_of_torch(path, form, shape):
         state_steps._lion(form, A[3], g, A[4], **NUMBERS); state_steps.lion(form, B[3:4], [g], B[4:], path=path, **NUMBERS)
     for a,b in zip(A, B): assert alike([a] if torch.is_tensor(a) else a, [b] if torch.is_tensor(b) else b)
 
-def test_threads_change_nothing(monkeypatch):
+@formats
+def test_threads_change_nothing(form, monkeypatch):
     w, g = numbers(1, 600, 300), numbers(2, 600, 300); ends = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        m, v, θ = FORMS[0].encode(torch.zeros(600, 300), True), FORMS[0].encode(torch.zeros(600, 300), False), w.clone()
-        for _ in range(2): state_steps.adamw(FORMS[0], [θ], [g], [m], [v], **NUMBERS, eps=1e-8)
+        m, v, θ = form.encode(torch.zeros(600, 300), True), form.encode(torch.zeros(600, 300), False), w.clone()
+        for _ in range(2): state_steps.adamw(form, [θ], [g], [m], [v], **NUMBERS, eps=1e-8)
         ends.append((θ, *m, *v))
     assert alike(*ends)
 
@@ -239,7 +243,7 @@ def test_a_bad_number_stays_in_its_block(name):
     train(P, make(name, P, lr=.01), 0, 4, spoilt); train(Q, make(name, Q, lr=.01), 0, 4)
     for n in P:
         same_ = torch.isclose(P[n], Q[n], rtol=1e-5, atol=1e-6)
-        if n == "embed.weight": same_[2,:256] = True
+        if n == "embed.weight": b = 128 if "FP8" in name else 256; assert P[n][2,:b].isnan().all(); same_[2,:b] = True       # the weight at once, its block a step later
         assert same_.all(), n
 
 @every
@@ -401,7 +405,7 @@ def native_is_right(path):
 
 MUTANTS = [(codes_are_right, "state_codes", old, new) for old,new in (("A, top = 1/(.9*D)", "A, top = 1/D"), ("(6 if signed else 7)", "6"), ("A[0] = 1/9/.275e-6", "A[0] = 1/9/.55e-6"), ("+ 8/9)", "+ 7/9)"), (".clamp_max(2 - 2**-23)", ""), ("q[i] + q[i-1]", "2*q[i]"), ("p.clamp_max(127)", "p"), ("torch.where(v > 0, p - 1, 0)", "p - 1"), ("clamp_min(2**-23 if signed else 1.2e-7)", "clamp_min(0.)"), ("torch.where(p > 0, v, 0*s)", "v"), ("s.isfinite() & (s >= _TINY)", "s >= _TINY"),
     ("x.amax(-1)", "x.mean(-1)"), ("c > 128, -v", "c > 127, -v"), (".clamp(2, 128)", ".clamp(2, 255)"), ("a >= _TINY, a, torch.inf", "a >= _TINY, a, 0."), ("(c & 7) + 8*(e == 0)", "c & 7"), ("e - 15)/k", "e - 14)/k"), ("(q[1:] + q[:-1])/896", "q[1:]/448"), ("v.signbit().long() << 7", "0"), ("self.shift[k.long()]", "self.shift[k.long() - 1]"), ("block, kind = 128", "block, kind = 64"),
-    ("T - least + N - 2", "T - least"), (".minimum(T >> 8)", ""), (".clamp(1, 32)", ".clamp(1, 64)"), ("T >= 256", "T >= 128"), ("a >= 128, a, 0x7fff", "a >= 0, a, 0x7fff"), ("+ 2**14 >> 15", ">> 15"), ("n < 1 - 128//p[...,None]", "n < 1"), ("h < 0, -c, c", "h < 0, c, c"), ("(N - n)*p << 16", "(N - n)*p << 15"), ("n.clamp_min(1)", "n.clamp_min(0)"), ("(a == 0) | (", "(a < 0) | ("), ("c == 0, 0.", "c == 0, s"), ("times + 0*s", "times"))] + [
+    ("T - least + N - 2", "T - least"), (".minimum(T >> 8)", ""), (".clamp(1, 32)", ".clamp(1, 64)"), ("T >= 256", "T >= 128"), ("a >= 128, a, 0x7fff", "a >= 0, a, 0x7fff"), ("+ 2**14 >> 15", ">> 15"), ("n < 1 - 128//p[...,None]", "n < 1"), ("h < 0, -c, c", "h < 0, c, c"), ("(N - n)*p << 16", "(N - n)*p << 15"), ("n.clamp_min(1)", "n.clamp_min(0)"), ("h < 128, 0,", "h < 1, 0,"), ("c == 0, 0.", "c == 0, s"), ("times + 0*s", "times"))] + [
     (optimizers_are_right, "low_bit_states", old, new) for old,new in (("exp_avg=p, exp_avg_sq=p", "exp_avg=p"), ("(1 - β2**t)**0.5", "(1 - β2**t)**-0.5"), ('step=g["lr"]*ρ/(1 - β1**t)', 'step=g["lr"]*ρ'), ('1 - g["lr"]*g["weight_decay"]', "1"), ("fresh1=1 - β1", "fresh1=1"), ('encode(self.form, value, key == "exp_avg")', 'encode(self.form, value, False)'),
     ("o.put(p, w)", "pass"), (">= 32", ">= 31"), (">= self.least", "> self.least"), ("p.dtype == torch.float64", "False"), ("self.form.block)", "self.form.block + 1)"), ('key == "exp_avg")', 'key == "exp_avg_sq")'))]
 ROOT = Path(state_codes.__file__).parent
@@ -423,7 +427,7 @@ NATIVE = [("size_above(x * r, least)", "size_above(x * r, .125f)"), ("size_above
     ("top >= 0x7f800000) s = NAN", "false) s = NAN"), ("smaller(least, a - 0x800000)", "smaller(least, a)"), ("((c & 120) == 0) & 8", "((c & 120) == 8) & 8"), ("_mm256_cmpeq_epi8(ex, zero), _mm256_set1_epi8(8)", "_mm256_cmpeq_epi8(ex, zero), zero"), ("if (k < n) f(k, int(n - k));", ""), ("y += fresh2 * d * d", "y += fresh2 * d"), ("(root(y) + j.eps)", "root(y)"), ("root(*(const F*)(y + k)) + eps", "root(*(const F*)(y + k))"), ("16 * range", "15 * range"),
     ("steps[place[k] >> 6 & 1023] - (place[k] & 63)", "steps[place[k] >> 6 & 1023]"), ("_mm_sub_epi16(e, *(const __m128i*)(p.low + k))", "e"), ("steps[b >> 48], 7", "steps[a >> 48], 7"), ("_mm_packus_epi16(e[0], e[2])", "_mm_packus_epi16(e[0], e[1])"), ("_mm256_sub_epi32(one, y)", "_mm256_sub_epi32(size, y)"), ("v.scales[i] * times", "v.scales[i]"), ("m.scales[i] * times", "m.scales[i]"), ("2 * u.most);", "u.most);"), ("u < 65535 ? u : every(65535)", "u"),
     ("c = 0, row++;", "c = 0;"), ("encode(v.codes, ev, V, k, done);", ""), ("for (int i = done; i < n[k]; i += WIDTH) move", "for (int i = done; i + WIDTH <= n[k]; i += WIDTH) move"),
-    ("int((least + 0x800000) >> 16)", "int(least >> 16)"), ("top >= 0x7f800000 ? 1 :", "false ? 1 :"), ("(N - 1), T >> 8, 32", "(N - 1), T, 32"), ("base -= N * p << 16", "base -= N * p << 15"), ("(const __m128i*)codes), 0xd8)", "(const __m128i*)codes), 0xe4)"), ("h = _mm256_andnot_si256(none, h);", ""), ("_mm256_andnot_si256(none, low16)", "low16"), ("if (T < 256) s", "if (T < 128) s"), ("+ 16384) >> 15", ") >> 15"), ("c & (k >= 1 - 128 / p)", "c"), ("int16_t(1 - 128 / p)), k)", "-128), k)"), ("& (a != 0)", ""), ("_mm256_sign_epi16(c, h)", "c"),
+    ("int((least + 0x800000) >> 16)", "int(least >> 16)"), ("top >= 0x7f800000 ? 1 :", "false ? 1 :"), ("(N - 1), T >> 8, 32", "(N - 1), T, 32"), ("base -= N * p << 16", "base -= N * p << 15"), ("(const __m128i*)codes), 0xd8)", "(const __m128i*)codes), 0xe4)"), ("h = _mm256_andnot_si256(none, h);", ""), ("_mm256_andnot_si256(none, low16)", "low16"), ("if (T < 256) s", "if (T < 128) s"), ("+ 16384) >> 15", ") >> 15"), ("c & (k >= 1 - 128 / p)", "c"), ("int16_t(1 - 128 / p)), k)", "-128), k)"), ("c & (h > 127)", "c & (h > 0)"), ("S ? h : _mm256_subs_epi16(h, _mm256_set1_epi16(127))", "h"), ("int64_t i = first * ((j.columns + 255) / 256);", "int64_t i = 0;"), ("for (int64_t row = first; row < last; row++)", "for (int64_t row = 0; row < last - first; row++)"), ("_mm256_sign_epi16(c, h)", "c"),
     ("0, 2, 4, 6, 1, 3, 5, 7, 8", "0, 1, 2, 3, 4, 5, 6, 7, 8"), ("if (cv.r == 0) memset(v.codes + at, 0, n);", ""), ("if (cm.r == 0) memset(m.codes + at, 0, n);", ""), ("each(n, move, whole);", ""), ("}, whole);", "}, n);"), ("lion ? 1 : beta1); const Log", "1); const Log"), ("give(D + k, root(y) + eps, WIDTH);", "give(D + k, root(y), WIDTH);"), ("* times; y[1]", "; y[1]"), ("(65536 / p + 1) / 2", "65536 / p / 2"), ("row * j.columns + column", "row * 256 + column"), ("all(times + 0 * m.scales[i])", "all(times)"), ("left < 256 ? block(at, int(left)) : block", "block")]
 WIDE = [("look256(T + 4, h)", "look256(T, h)"), ("look256(T + 8, h)", "look256(T + 4, h)"), ("(0x3f800001 - bits((S", "(0x3f700001 - bits((S"), ("else below = (e & 15) + 1;", "else below = e & 15;")] # of the text that only processors with AVX-512 run
 @pytest.mark.soak

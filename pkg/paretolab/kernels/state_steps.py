@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import native
 from ..optimizers import state_codes
 
-# %% ../../../nbs/kernels/state_steps.ipynb #13aee1bf
+# %% ../../../nbs/kernels/state_steps.ipynb #b82f7f76
 def _adamw(form, w, g, m, v, *, beta1, fresh1, beta2, fresh2, keep, step, eps):
     "AdamW in torch: some sixty passes."
     x, y = form.decode(*m, True, beta1), form.decode(*v, False, beta2)
@@ -24,7 +24,7 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     "Lion in torch."
     x = form.decode(*m, True)
     c = x*beta1 + g*fresh1
-    w.mul_(keep).sub_(((c > 0).float() - (c < 0).float())*step)
+    w.mul_(keep).sub_(torch.where(c > 0, step, torch.where(c < 0, -step, 0*c)))                # NaN has no sign, and is let through
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 

@@ -42,7 +42,7 @@ def naive(
         if m.dtype == torch.int8: new = new.round()
     m.copy_(new.to(m.dtype))
 
-# %% ../../../nbs/kernels/states.ipynb #730a812f
+# %% ../../../nbs/kernels/states.ipynb #1a45e0dd
 @triton.jit
 def _lion(w, g, m, s, n, lr, keep, β1, fresh1, β2, fresh2, TOP: tl.constexpr, INT: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*B + tl.arange(0, B)
@@ -51,7 +51,7 @@ def _lion(w, g, m, s, n, lr, keep, β1, fresh1, β2, fresh2, TOP: tl.constexpr, 
     if TOP > 0: old *= tl.load(s + tl.program_id(0))
     c = β1*old + fresh1*grad
     v = tl.load(w + i, mask=inside, other=0.0).to(tl.float32)
-    v = keep*v - lr*((c > 0).to(tl.float32) - (c < 0).to(tl.float32))
+    v = keep*v - lr*tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0*c))
     tl.store(w + i, v.to(w.dtype.element_ty), mask=inside)
     new = β2*old + fresh2*grad
     if TOP > 0:
@@ -77,7 +77,7 @@ def fast(
     blocks = -(-w.numel()//_block)
     if blocks: _lion[(blocks,)](w, g, m, m if s is None else s, w.numel(), lr, 1 - lr*weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], TOP=_top.get(m.dtype, 0.0), INT=m.dtype == torch.int8, B=_block)
 
-# %% ../../../nbs/kernels/states.ipynb #df8076f6
+# %% ../../../nbs/kernels/states.ipynb #bbac1296
 @triton.jit
 def _value(c, s, p, SIGNED: tl.constexpr):
     n = tl.minimum(c, 256 - c) if SIGNED else c
@@ -93,12 +93,13 @@ def _code(x, SIGNED: tl.constexpr):
     T = tl.where(finite, top, 0) >> 16
     p = tl.minimum(tl.maximum(tl.minimum((T - tl.min(tl.where(a >= 128, a, 0x7fff), axis=0) + N - 2)//(N - 1), T >> 8), 1), 32)
     n = N - ((T - a)*tl.minimum((65536//p + 1)//2, 32767) + 16384 >> 15)
-    c = tl.where(a == 0, 0, tl.maximum(n, 1))
+    c = tl.maximum(n, 1)
     if SIGNED: c = tl.where(n < 1 - 128//p, 0, tl.where(h < 0, -c, c)) & 255
+    else: c = tl.where(h < 128, 0, c)
     s = tl.where(finite, tl.where(T >= 256, top, 0), 0x7fc00000).to(tl.float32, bitcast=True)
     return tl.where(T >= 256, c, 0).to(tl.uint8), s, tl.where(T >= 256, p, 1).to(tl.uint8)
 
-# %% ../../../nbs/kernels/states.ipynb #b762a873
+# %% ../../../nbs/kernels/states.ipynb #afcc86c4
 @triton.jit
 def _log(w, g, mc, ms, mp, vc, vs, vp, C, β1, fresh1, β2, fresh2, keep, η, eps, LION: tl.constexpr, B: tl.constexpr):
     j = tl.program_id(1)*B + tl.arange(0, B)
@@ -110,7 +111,7 @@ def _log(w, g, mc, ms, mp, vc, vs, vp, C, β1, fresh1, β2, fresh2, keep, η, ep
     if LION:
         x *= 1 + 0*s
         d = x*β1 + grad*fresh1
-        θ = θ*keep - ((d > 0).to(tl.float32) - (d < 0).to(tl.float32))*η
+        θ = θ*keep - tl.where(d > 0, η, tl.where(d < 0, -η, 0*d))
         x = x*β2 + grad*fresh2
     else:
         x = x*(β1 + 0*s) + grad*fresh1

@@ -30,7 +30,7 @@ def levels(
     q[0] = 0
     return q
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #ea0cc70b
+# %% ../../../nbs/optimizers/state_codes.ipynb #407a3f51
 _TINY = torch.finfo(torch.float32).tiny
 def _blocks(x, b): return pad(x, (0, -x.shape[1] % b)).unflatten(1, (-1, b))     # (rows, blocks, b)
 def _flat(x, cols): return x.flatten(1)[:,:cols].contiguous()
@@ -38,7 +38,8 @@ def _largest(x):
     "Scale of each block, and its inverse, 0 where there is nothing to be kept."
     s = x.amax(-1)
     good = s.isfinite() & (s >= _TINY)
-    return torch.where(good, s, torch.where(s.isfinite(), 0., torch.nan)), torch.where(good, 1/s, 0.)
+    r = torch.where(s > 2.**126, torch.nextafter(1/s, torch.zeros_like(s)), 1/s)     # beyond, an inverse has few bits, and must not be too large
+    return torch.where(good, s, torch.where(s.isfinite(), 0., torch.nan)), torch.where(good, r, 0.)
 
 # %% ../../../nbs/optimizers/state_codes.ipynb #6ad1e3a7
 def _borders(q, signed):
@@ -146,7 +147,7 @@ class Expanded:
         v = self.E[k, e]*self.M[k, (c & 7) + 8*(e == 0)]*(scales*times)[...,None]
         return _flat(torch.where(c > 127, -v, v) if signed else v, codes.shape[1])
 
-# %% ../../../nbs/optimizers/state_codes.ipynb #b810d794
+# %% ../../../nbs/optimizers/state_codes.ipynb #e4087c2b
 class Log:
     "Blocks of 256, each number at an even step of its logarithm."
     block, kind = 256, 2
@@ -163,7 +164,7 @@ class Log:
         least = torch.where(a >= 128, a, 0x7fff).amin(-1)
         p = ((T - least + N - 2)//(N - 1)).minimum(T >> 8).clamp(1, 32)
         n = N - ((T[...,None] - a)*((65536//p + 1)//2).clamp_max(32767)[...,None] + 2**14 >> 15)
-        c = torch.where((a == 0) | (n < 1 - 128//p[...,None] if signed else False), 0, n.clamp_min(1))
+        c = torch.where(n < 1 - 128//p[...,None] if signed else h < 128, 0, n.clamp_min(1))
         c = torch.where(good[...,None], torch.where(h < 0, -c, c) & 255, 0)
         return _flat(c.to(torch.uint8), x.shape[1]), torch.where(s.isfinite(), torch.where(good, s, 0.), torch.nan), torch.where(good, p, 1).to(torch.uint8)
     def decode(self,

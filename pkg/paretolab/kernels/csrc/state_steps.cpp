@@ -487,8 +487,8 @@ template <bool S> struct Log {
             m.scales[i] = s; m.powers[i] = power;
         }
         I operator()(F x) const {                                          // the code is the last byte
-            const I h = bits(x) >> 16, a = h & 0x7fff, k = N - (((T - a) * inverse + 16384) >> 15), c = larger(k, every(1)) & (a != 0);
-            return S ? times_sign(c & (k >= 1 - 128 / p), h) : c;
+            const I h = bits(x) >> 16, a = h & 0x7fff, k = N - (((T - a) * inverse + 16384) >> 15), c = larger(k, every(1));
+            return S ? times_sign(c & (k >= 1 - 128 / p), h) : c & (h > 127);
         }
         void rest(uint8_t* codes, const float* x, int n) const { for (int k = 0; k < n; k += WIDTH) give(codes + k, (*this)(take(x + k, WIDTH)), n - k); }
 #if WIDTH == 8
@@ -498,7 +498,7 @@ template <bool S> struct Log {
             const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(N), _mm256_mulhrs_epi16(t, _mm256_set1_epi16(int16_t(inverse))));
             __m256i c = _mm256_max_epi16(k, _mm256_set1_epi16(1));
             if (S) c = _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(1 - 128 / p)), k), c);
-            return _mm256_sign_epi16(c, h);
+            return _mm256_sign_epi16(c, S ? h : _mm256_subs_epi16(h, _mm256_set1_epi16(127)));      // without a sign, below 0 is what packing makes 0
         }
         INLINE void four(uint8_t* codes, const float* x, int k) const {    // vectors
             const __m256i a = two(x + k), b = two(x + k + 16), c = S ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
@@ -544,6 +544,7 @@ template <bool S, bool both> struct Extremes {                             // of
 static inline void scale(int32_t top, float& s, float& r) {                // of a block, and its inverse
     memcpy(&s, &top, 4); r = 0;
     if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
+    if (s > 0x1p126f) r = std::nextafter(r, 0.f);
 }
 
 static INLINE inline void move(const Job& j, int64_t at, F x, F y, int l) { give(j.w + at, take(j.w + at, l) * j.keep - x * j.step / (root(y) + j.eps), l); }
@@ -631,7 +632,7 @@ template <template <bool> class Format, bool lion> static void update(const Job&
         const F d = take(g + k, l);
         if (lion) {
             F c = beta1 * x + fresh1 * d;
-            give(w + k, take(w + k, l) * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : F{}), l);
+            give(w + k, take(w + k, l) * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : 0 * c), l);
             x = beta2 * x + fresh2 * d;
         } else {
             x += fresh1 * d;
@@ -681,13 +682,14 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
     const auto block = [&](int64_t at, auto size) INLINE {                        // all but a row's last have 256 numbers, which the compiler may know
         const int n = size, whole = n & -4 * WIDTH;
         float *const w = j.w + at; const float* const g = j.g + at;
+        if (!lion) for (int k = 256; k < 512; k += 16) __builtin_prefetch(w + k), __builtin_prefetch(g + k);        // the next block's; Lion is quicker without
         const Log<true>::Decoder dm(one, m, i, lion ? 1 : beta1); const Log<false>::Decoder dv(two, v, i, beta2);
         Extremes<true, true> em; Extremes<false, true> ev;
         const auto update = [&](int64_t k, int l, F x, F y) INLINE {
             const F d = take(g + k, l);
             if (lion) {
                 const F c = beta1 * x + fresh1 * d;
-                give(w + k, take(w + k, l) * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : F{}), l);
+                give(w + k, take(w + k, l) * keep - (c > 0 ? all(step) : c < 0 ? all(-step) : 0 * c), l);
                 x = beta2 * x + fresh2 * d;
             } else {
                 x += fresh1 * d; y += fresh2 * d * d;
