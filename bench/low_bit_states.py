@@ -1,5 +1,5 @@
 "Moments of 8 bits: the time of a step beside torch's fused AdamW, and what they cost a training run. `python bench/low_bit_states.py [speed|train|shaken]`; trials that are in the journal are not made again."
-import json, platform, statistics, sys, tempfile, time
+import json, platform, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def peers(params):
     return found
 
 def speed(shapes, rounds, others=True):
-    "CPU time of the quickest of three steps, all contenders taken in turns on the same parameters; medians over rounds, and quartiles of the ratios."
+    "CPU time of the quickest of three steps, all contenders taken in turns on the same parameters; medians over rounds."
     def seconds(step): start = time.thread_time(); step(); return time.thread_time() - start
     torch.manual_seed(0)
     P = {n: torch.nn.Parameter(torch.randn(s)*.02) for n,s in shapes.items()}
@@ -37,10 +37,18 @@ def speed(shapes, rounds, others=True):
             if k.endswith("8bit") and r%5: continue                       # these take long
             T[k].append(min(seconds(o.step) for _ in range(3)))
     size, fused = sum(p.numel() for p in P.values()), T["torch fused"]
-    return {k: dict(ns_per_weight=statistics.median(t)/size*1e9, **ratios(t, fused[::5] if len(t) < rounds else fused),
+    return {k: dict(ns_per_weight=statistics.median(t)/size*1e9, ratio=statistics.median(a/b for a,b in zip(t, fused[::5] if len(t) < rounds else fused)),
         state_bytes_per_weight=sum(x.nbytes for s in O[k].state.values() for v in s.values() if torch.is_tensor(v) for x in ([getattr(v, a) for a in v.tensor_attrs] if hasattr(v, "tensor_attrs") else [v]))/size) for k,t in T.items()}
 
-def ratios(t, fused): x = sorted(a/b for a,b in zip(t, fused)); return dict(ratio=statistics.median(x), spread=[x[len(x)//4], x[-1 - len(x)//4]])
+def once():
+    "In one process: a layer, all of the model, and a matrix that stays in the cache."
+    return dict(layer=speed(llama60m(1, False), 41), whole=speed(llama60m(8, True), 7, others=False), cache=paths())
+
+def often(n=5):
+    "In processes of their own, between which memory's speed differs: the median, and the lowest and highest ratio."
+    runs = [json.loads(subprocess.run([sys.executable, __file__, "once"], capture_output=True, text=True, check=True).stdout.splitlines()[-1]) for _ in range(n)]
+    over = lambda rows: dict(ns_per_weight=statistics.median(r["ns_per_weight"] for r in rows), ratio=statistics.median(x := [r["ratio"] for r in rows]), spread=[min(x), max(x)], state_bytes_per_weight=rows[0]["state_bytes_per_weight"])
+    return {name: {k: over([r[part][k] for r in runs]) for k in runs[0][part]} for part,name in (("layer", "layer"), ("whole", "60M"))} | dict(cache={k: statistics.median(r["cache"][k] for r in runs) for k in runs[0]["cache"]})
 
 def paths():
     "AdamW on a matrix that stays in the cache, by instruction set."
@@ -92,13 +100,11 @@ def shaken():
         SHAKEN.write_text(json.dumps({str(seed): [round(trial("adamw.AdamW", 4e-3, seed, text, k)[0], 4) for k in (0, 2, 3, 4, 5)] for seed in (0, 1)}) + "\n")
 
 def main(what):
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if what in ("speed", "all"):
         lines = {l.split(":")[0].strip(): l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if ":" in l} if Path("/proc/cpuinfo").exists() else {}
-        found["machine"] = f"{lines.get('model name', platform.machine())}, torch {torch.__version__}"
-        found["layer"], found["60M"], found["cache"] = speed(llama60m(1, False), 41), speed(llama60m(8, True), 7, others=False), paths()
+        RESULT.write_text(json.dumps(dict(machine=f"{lines.get('model name', platform.machine())}, torch {torch.__version__}") | often(), indent=1) + "\n")
     if what in ("train", "all"): train()
     if what in ("shaken", "all"): shaken()
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
-if __name__ == "__main__": main(sys.argv[1] if len(sys.argv) > 1 else "all")
+if sys.argv[1:] == ["once"]: print(json.dumps(once()))
+elif __name__ == "__main__": main(sys.argv[1] if len(sys.argv) > 1 else "all")
