@@ -8,7 +8,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from scipy.stats import qmc
 from torch import nn
-from loss_vs_state import here, text
+from loss_vs_state import GAP, here, text
 from paretolab.data.stream import MixedStream
 from paretolab.engine.evaluate import bits_per_byte, macro
 from paretolab.engine.fit import losses
@@ -65,9 +65,10 @@ def matrix(seed, n=256, k=64, r=8):
 
 WORKLOADS = {                                                  # name -> (how it is made, steps at most, steps between scores)
     "text": (lambda seed: language(seed, 512), 150, 5), "wide vocabulary": (lambda seed: language(seed, 1536), 120, 4), "digits": (images, 600, 20), "matrix": (matrix, 900, 30)}
-CONTENDERS = {                                                 # label -> (optimizer, reference learning rate: the best of loss_vs_state.py)
-    "AdamW": ("adamw.AdamW", 4e-3), "Schedule-Free": ("baselines.ScheduleFree", 2.5e-3), "Muon": ("muon.Muon", 1.6e-2), "SCALE": ("scale.SCALE", 4e-3), "APOLLO-Mini": ("apollo.Mini", 1e-2), "Lion": ("lion.Lion", 1.6e-3)}
-TARGETS = {"AdamW": ("adamw.AdamW", 4e-3), "NAdamW": ("baselines.NAdamW", 4e-3)}
+CONTENDERS = {                                                 # label -> (optimizer, reference learning rate: the best of loss_vs_state.py; what differs from its defaults, as there)
+    "AdamW": ("adamw.AdamW", 4e-3, {}), "Schedule-Free": ("baselines.ScheduleFree", 2.5e-3, {}), "Muon": ("muon.Muon", 1.6e-2, {}), "SCALE": ("scale.SCALE", 4e-3, {}), "APOLLO-Mini": ("apollo.Mini", 1e-2, GAP), "Lion": ("lion.Lion", 1.6e-3, {})}
+BESIDE = {"APOLLO-Mini, gap 200": ("apollo.Mini", 1e-2, {})}   # no contender: its default, one projection throughout on both texts
+TARGETS = {"AdamW": ("adamw.AdamW", 4e-3, {}), "NAdamW": ("baselines.NAdamW", 4e-3, {})}
 POINTS, STUDIES, SEARCH, RERUNS = 5, 3, 8, 5                  # trials of a study; studies; trials of each of the two that set a target; fresh seeds of the better
 LENGTH = 2/3                                                   # a target is what the two reach in this share of the steps
 
@@ -78,7 +79,7 @@ def space(n, seed):
 def prepare(c):
     "Workload, optimizer and schedule of a configuration."
     torch.set_num_threads(1); make, most, every = WORKLOADS[c["workload"]]; torch.manual_seed(c["seed"]); model, loss, score = make(c["seed"])
-    o = member("optimizers", c["optimizer"])(model.named_parameters(), lr=c["lr"], weight_decay=c["decay"]); averaged = hasattr(o, "eval")
+    o = member("optimizers", c["optimizer"])(model.named_parameters(), lr=c["lr"], weight_decay=c["decay"], **c.get("args", {})); averaged = hasattr(o, "eval")
     warmup = max(1, round(c["warmup"]*most)); η = (lambda t: min((t + 1)/warmup, 1)) if averaged else cosine(round(c["horizon"]*most), warmup)
     def step(t):
         for g in o.param_groups: g["lr"] = c["lr"]*η(t)
@@ -104,27 +105,29 @@ def run(configs):
     from time_to_target import trial as f
     return [r.get("result", r) for r in sweep(f, configs, HERE/"results"/"time_to_target.jsonl", here)]
 
-def config(workload, optimizer, rate, point, seed, steps, target): return dict(workload=workload, optimizer=optimizer, lr=float(f"{rate*point['factor']:.4g}"), **{k: point[k] for k in ("warmup", "decay", "horizon")}, seed=seed, steps=steps, target=target)
+def config(workload, method, point, seed, steps, target):
+    optimizer, rate, args = method
+    return dict(workload=workload, optimizer=optimizer, lr=float(f"{rate*point['factor']:.4g}"), **{k: point[k] for k in ("warmup", "decay", "horizon")}, seed=seed, steps=steps, target=target) | (dict(args=args) if args else {})
 
 def target(workload):
     "The better of two searches, run again on fresh seeds: the median of what it ends with."
     steps = round(LENGTH*WORKLOADS[workload][1]); points = [p | dict(horizon=LENGTH) for p in space(SEARCH, 1000)]
-    asked = [config(workload, o, rate, p, 1000, steps, None) for o,rate in TARGETS.values() for p in points]; last = lambda r: math.inf if not r["curve"] or r["curve"][-1] is None else r["curve"][-1]
+    asked = [config(workload, method, p, 1000, steps, None) for method in TARGETS.values() for p in points]; last = lambda r: math.inf if not r["curve"] or r["curve"][-1] is None else r["curve"][-1]
     found = run(asked); best = min(range(len(asked)), key=lambda i: last(found[i]))
     ends = [last(r) for r in run([asked[best] | dict(seed=2000 + i) for i in range(RERUNS)])]
     return dict(target=float(f"{statistics.median(ends):.4g}"), ends=ends, optimizer=asked[best]["optimizer"], lr=asked[best]["lr"], searched=[dict(optimizer=a["optimizer"], lr=a["lr"], end=r["curve"][-1] if r["curve"] else None) for a,r in zip(asked, found)])
 
 def measured(workload, label):
     "Peak bytes of a training step and of its parts, by watching every tensor."
-    optimizer, rate = CONTENDERS[label]; model, o, step, *_ = prepare(config(workload, optimizer, rate, next(space(1, 0)), 0, 1, None)); step(0)
+    model, o, step, *_ = prepare(config(workload, CONTENDERS[label], next(space(1, 0)), 0, 1, None)); step(0)
     held = [*model.parameters(), *model.buffers(), *(v for s in o.state.values() for v in s.values())]
     with (live := _Live(*held)): step(1)
     return dict(weights=sum(t.nbytes for t in [*model.parameters(), *model.buffers()]), state=sum(v.nbytes for s in o.state.values() for v in s.values()), rest=live.peak, peak=sum(t.nbytes for t in held) + live.peak)
 
-def costs(workload, rounds=7, steps=8):
-    "CPU seconds of a step of every contender, in turns."
+def costs(workload, rounds=7, steps=GAP["gap"]):
+    "CPU seconds of a step of every contender, in turns; in each of them Mini draws one projection."
     steppers, taken = {}, {label: [] for label in CONTENDERS}
-    for label,(optimizer,rate) in CONTENDERS.items(): steppers[label] = prepare(config(workload, optimizer, rate, next(space(1, 0)), 0, 1, None))[2]
+    for label,method in CONTENDERS.items(): steppers[label] = prepare(config(workload, method, next(space(1, 0)), 0, 1, None))[2]
     for r in range(rounds + 1):
         for label,step in steppers.items():
             start = time.thread_time(); [step(r*steps + i) for i in range(steps)]; r and taken[label].append((time.thread_time() - start)/steps)
@@ -132,19 +135,21 @@ def costs(workload, rounds=7, steps=8):
 
 def study(studies):
     "Targets, then all trials; for each workload and contender, the best trial of every study."
-    sys.stdout.reconfigure(line_buffering=True); targets, out = {}, {}
+    sys.stdout.reconfigure(line_buffering=True); targets, out, beside = {}, {}, {}
     for w in WORKLOADS: targets[w] = target(w); print(w, {k: v for k,v in targets[w].items() if k != "searched"})
-    asked = {(w, label, s, i): config(w, o, rate, p, 10*s, WORKLOADS[w][1], targets[w]["target"]) for s in range(studies) for w in WORKLOADS for label,(o,rate) in CONTENDERS.items() for i,p in enumerate(space(POINTS, s))}
+    asked = {(w, label, s, i): config(w, method, p, 10*s, WORKLOADS[w][1], targets[w]["target"]) for s in range(studies) for w in WORKLOADS for label,method in (CONTENDERS | BESIDE).items() for i,p in enumerate(space(POINTS, s))}
     found = dict(zip(asked, run(list(asked.values()))))
     for w in WORKLOADS:
         seconds = costs(w)
-        for label in CONTENDERS:
+        for label in CONTENDERS | BESIDE:
             of_study = [[found[w, label, s, i] for i in range(POINTS)] for s in range(studies)]
             steps = [min((r["steps"] for r in rs if r["hit"]), default=None) for rs in of_study]
-            out.setdefault(w, {})[label] = dict(steps=steps, hits=[sum(r["hit"] for r in rs) for rs in of_study], best=[min((r["best"] for r in rs if r["best"] is not None), default=None) for rs in of_study],
-                raw_cpu_s=[min((r["cpu_s"] for r in rs if r["hit"]), default=None) for rs in of_study], step_s=seconds[label], memory=measured(w, label))
-    return dict(torch=torch.__version__, points=POINTS, studies=studies, planned=STUDIES, length=LENGTH, space={s: list(space(POINTS, s)) for s in range(studies)}, references={k: dict(optimizer=o, lr=lr) for k,(o,lr) in CONTENDERS.items()},
-        workloads={w: dict(steps=n, every=e, **targets[w]) for w,(_,n,e) in WORKLOADS.items()}, results=out)
+            came = dict(steps=steps, hits=[sum(r["hit"] for r in rs) for rs in of_study], best=[min((r["best"] for r in rs if r["best"] is not None), default=None) for rs in of_study],
+                raw_cpu_s=[min((r["cpu_s"] for r in rs if r["hit"]), default=None) for rs in of_study])
+            if label in BESIDE: beside.setdefault(w, {})[label] = came
+            else: out.setdefault(w, {})[label] = came | dict(step_s=seconds[label], memory=measured(w, label))
+    return dict(torch=torch.__version__, points=POINTS, studies=studies, planned=STUDIES, length=LENGTH, space={s: list(space(POINTS, s)) for s in range(studies)}, references={k: dict(optimizer=o, lr=lr, args=a) for k,(o,lr,a) in CONTENDERS.items()},
+        workloads={w: dict(steps=n, every=e, **targets[w]) for w,(_,n,e) in WORKLOADS.items()}, results=out, beside=beside)
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE)); (HERE/"results"/"time_to_target.json").write_text(json.dumps(study(int(sys.argv[1]) if len(sys.argv) > 1 else STUDIES), indent=1) + "\n")

@@ -117,6 +117,11 @@ assert same(Q, was) and all(torch.equal(v, clean.state[Q[n]][k]) for n,s in stat
 # who starts elsewhere is found at the first step
 W = start(); W["norm.weight"][7] += 1e-7*i; P, o = make(W); [setattr(p, "grad", gradient(0, i, n)) for n,p in P.items()]
 refused("other weights in 'norm.weight'", o.step); assert same(P, W) and not any(o.state.values())
+for n in ("embed.weight", "q.weight", "norm.weight"):                  # the same numbers in another order
+    for dtype in (torch.float32, torch.bfloat16):
+        W = start(dtype); W[n] = W[n].roll(i, 0); P, o = make(W); [setattr(p, "grad", gradient(0, i, m).to(dtype)) for m,p in P.items()]
+        refused(f"other weights in {n!r}", o.step); assert same(P, W) and not any(o.state.values())
+W = start(); W["q.weight"] = W["q.weight"].mT.contiguous().mT if i else W["q.weight"]; P, o = make(W); [setattr(p, "grad", gradient(0, i, m)) for m,p in P.items()]; o.step()   # another layout is no difference
 P, o = make(start(), lr=.02 + i); [setattr(p, "grad", gradient(0, i, n)) for n,p in P.items()]
 refused("other parameters or options", o.step)
 

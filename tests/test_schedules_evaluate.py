@@ -19,6 +19,7 @@ def test_cosine_rises_then_falls_to_its_floor(steps, share, floor):
     y = [cosine(steps, w, floor)(t) for t in range(steps + 3)]
     assert all(floor - 1e-12 <= v <= 1 for v in y[w:]) and all(math.isclose(v, (t + 1)/w) for t,v in enumerate(y[:w]))
     assert y[w] == 1 and all(a >= b for a,b in zip(y[w:], y[w+1:])) and y[steps:] == pytest.approx([floor]*3)
+    assert y[w:steps] == pytest.approx([floor + (1 - floor)*math.cos(math.pi/2*(t - w)/(steps - w))**2 for t in range(w, steps)])
     if w < steps: assert y[(w + steps)//2] == pytest.approx(floor + (1 - floor)/2, abs=.5*(1 - floor)*math.pi/(steps - w))
 
 @settings(max_examples=200, deadline=None)

@@ -1268,6 +1268,8 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                                                        'paretolab/optimizers/distributed_lion.py'),
                                                        'paretolab.optimizers.distributed_lion.DistributedLion.update': ( 'optimizers/distributed_lion.html#distributedlion.update',
                                                                                                                          'paretolab/optimizers/distributed_lion.py'),
+                                                       'paretolab.optimizers.distributed_lion._checksum': ( 'optimizers/distributed_lion.html#_checksum',
+                                                                                                            'paretolab/optimizers/distributed_lion.py'),
                                                        'paretolab.optimizers.distributed_lion.bits': ( 'optimizers/distributed_lion.html#bits',
                                                                                                        'paretolab/optimizers/distributed_lion.py'),
                                                        'paretolab.optimizers.distributed_lion.decode': ( 'optimizers/distributed_lion.html#decode',

@@ -135,13 +135,15 @@ def step(self:DistributedLion, closure=None):
     Optimizer.step(self)
     return loss
 
-# %% ../../../nbs/optimizers/distributed_lion.ipynb #60c1d5d0
+# %% ../../../nbs/optimizers/distributed_lion.ipynb #b702778e
+def _checksum(x): return zlib.crc32(x.detach().flatten().view(torch.uint8).cpu().numpy())   # CRC-32 of the bytes, row after row
+
+# %% ../../../nbs/optimizers/distributed_lion.ipynb #fb81da8c
 @patch
 def _compare(self:DistributedLion, every):
-    "Refuse to start if the processes differ, by whole numbers that do not depend on the order of a sum."
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    "Refuse to start if the processes differ in a checksum."
     same = lambda x: torch.stack([x, -x]).to(every[0][1].device)
     options = json.dumps([{k: v for k,v in g.items() if k not in ("params", "worker")} for g in self.param_groups], default=float)
-    for what,x in ((lambda i: "parameters or options", [zlib.crc32(options.encode())]), (lambda i: f"weights in {every[i][0]!r}", [p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64) for _,p,_ in every])):
-        t = same(torch.stack([torch.as_tensor(v) for v in x])); dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
+    for what,x in ((lambda i: "parameters or options", [zlib.crc32(options.encode())]), (lambda i: f"weights in {every[i][0]!r}", [_checksum(p) for _,p,_ in every])):
+        t = same(torch.tensor(x)); dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
         if len(odd := (t[0] != -t[1]).nonzero()): raise ValueError(f"all workers start alike, and some have other {what(int(odd[0]))}; build the model from one seed, or broadcast it (this is worker {self.worker} of {self.workers})")
