@@ -275,8 +275,25 @@ def test_a_bad_number_stays_in_its_tensor(name, value):
         if n == bad and t in (1, GAP): g[0,0] = value
         return g
     if name == "baselines.SOAP": spoilt = lambda n, t: gradient(n, t)*(value if n == "conv" and t == 1 else 1); bad = "conv"     # its library's decompositions raise
-    train(P, make(name, P, lr=.01), 0, 6, spoilt); train(Q, make(name, Q, lr=.01), 0, 6)
+    train(P, o := make(name, P, lr=.01), 0, 2, spoilt); at = (0,)*P[bad].ndim
+    assert P[bad][at].isnan() or value == math.inf and any(not v.isfinite().all() for v in o.state[P[bad]].values())
+    train(P, o, 2, 4, spoilt); train(Q, make(name, Q, lr=.01), 0, 6)
     for n in P: assert n == bad or torch.allclose(P[n], Q[n], rtol=1e-6, atol=1e-7), n
+    reach = {"adamw.AdamW": 1, "lion.Lion": 1, "distributed_lion.DistributedLion": 1, "sophia.Sophia": 1, "baselines.NAdamW": 1, "baselines.ScheduleFree": 1, "scale.SCALE": 5, "galore.GaLore": 5, "baselines.SOAP": 12}      # entries: itself, its row, its tensor
+    if value != value: assert P[bad].isnan().sum() == reach.get(name, P[bad].numel())
+
+@pytest.mark.parametrize("lines", ["C++", "torch"])
+def test_a_head_s_and_lion_s_bad_number_is_no_rest(lines, monkeypatch):
+    from paretolab.kernels import steps
+    if lines == "torch": monkeypatch.setattr(steps, "_library", lambda *_: None)
+    for name,bad in (("lion.Lion", 1), ("scale.SCALE", 40)):                                                              # a whole vector and more, the tail
+        for at in ((0, 3), (2, 37)):
+            P = {"lm_head.weight": torch.randn(3, 40, generator=rng(1)).requires_grad_()}; o = make(name, P, lr=.01)
+            for t in range(4):
+                was = P["lm_head.weight"].detach().clone(); P["lm_head.weight"].grad = torch.randn(3, 40, generator=rng(2, t))
+                if t == 1: P["lm_head.weight"].grad[at] = math.nan
+                o.step(); w = P["lm_head.weight"]
+                assert w.isnan().sum() == (bad if t else 0) and (not t or w[at].isnan()) and not (w == was).any(), (name, t)
 
 @every
 def test_zero_gradients_move_nothing_and_a_late_start_is_not_frozen(name):
@@ -318,14 +335,91 @@ def test_parameters_of_16_bits_follow_those_of_32(name, dtype, eps):
 
 @every
 def test_parameters_may_join_and_closures_have_gradients(name):
-    P = start(); first = {n: P[n] for n in list(P)[:3]}; o = make(name, first, lr=.01)
-    late = {n: P[n] for n in list(P)[3:]}; o.add_param_group(dict(params=list(late.items()), lr=.02, weight_decay=0.))
+    P = start(); first = {n: P[n] for n in ("head.weight", "blocks.0.q.weight", "blocks.0.up.weight")}; o = make(name, first, lr=.01)
+    late = {n: P[n] for n in P if n not in first}; o.add_param_group(dict(params=list(late.items()), lr=.02, weight_decay=0.))
     assert {n for g in o.param_groups for n in g["param_names"]} == set(P) and {g["lr"] for g in o.param_groups} == {.01, .02}
     def closure():
         o.zero_grad(); loss = sum(p.square().sum() for p in P.values()); loss.backward(); return loss
     losses = [o.step(closure).item() for _ in range(12)]
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="optimized once"): o.add_param_group(dict(params=[("again", P["scale"])]))
+
+OPTIONS = [("apollo.APOLLO", dict(alpha=-1.)), ("apollo.APOLLO", dict(alpha=math.inf)), ("apollo.APOLLO", dict(rank=0)), ("apollo.APOLLO", dict(gap=0)), ("apollo.Mini", dict(rank=5)), ("galore.GaLore", dict(alpha=math.nan)), ("galore.GaLore", dict(gap=1.5)),
+    ("scale.SCALE", dict(momentum=5.)), ("muon.Muon", dict(momentum=5.)), ("muon.Muon", dict(momentum="x")), ("sophia.Sophia", dict(gamma=-1.)), ("sophia.Sophia", dict(gap=0)), ("baselines.SOAP", dict(gap=0)), ("baselines.ScheduleFree", dict(betas=(0., .9))),
+    *((n, x) for n in NAMES for x in (dict(lr="x"), dict(weight_decay=-3.), *([dict(betas=(5., 7.)), dict(betas=None)] if n != "baselines.Adafactor" else [])))]
+@pytest.mark.parametrize("name, bad", OPTIONS)
+def test_options_are_checked_alike_at_first_later_and_in_a_file(name, bad):
+    (k, v), = bad.items(); P = start(); says = f"{k}={v!r}".replace("(", r"\(").replace(")", r"\)")
+    if (name, k) != ("apollo.Mini", "rank") and v is not None:
+        with pytest.raises(ValueError, match=says): make(name, P, **bad)
+    o = make(name, P, lr=.01); train(P, o, 0, 2); was, groups = {n: p.detach().clone() for n,p in P.items()}, len(o.param_groups)
+    for more,words in ((bad, says), (dict(lrr=3), "lrr=3")):
+        with pytest.raises(ValueError, match=words): o.add_param_group(dict(params=[("new", torch.ones(8, 8).requires_grad_())], **more))
+    saved = copy.deepcopy(o.state_dict()); saved["param_groups"][-1] |= bad
+    with pytest.raises(ValueError, match=says): o.load_state_dict(saved)
+    assert len(o.param_groups) == groups and same(P, was) and all(type(g[k]) is not str and g[k] != v for g in o.param_groups)
+
+@every
+def test_what_cannot_be_optimized_is_refused_before_anything_changes(name):
+    P = start(); o = make(name, P); groups = len(o.param_groups)
+    for odd in (torch.ones(8, 8).requires_grad_()*2, torch.eye(8).to_sparse_csr().requires_grad_(), torch.eye(8).to_sparse().requires_grad_()):
+        with pytest.raises(ValueError, match="'odd'"): o.add_param_group(dict(params=[("fine", torch.ones(8, 8).requires_grad_()), ("odd", odd)]))
+    assert len(o.param_groups) == groups
+    with pytest.raises(ValueError, match="nothing to optimize"): o.add_param_group({})
+
+def test_a_head_that_joins_an_embedding_of_its_rule_is_refused_and_the_other_way_round_is_not():
+    S = {"embed.weight": (9, 4), "lm_head.weight": (9, 4), "q": (4, 4)}; P = start(shapes=S)
+    o = make("scale.SCALE", {n: P[n] for n in ("embed.weight", "q")})
+    with pytest.raises(ValueError, match="'embed.weight' would follow the rule 'embedding', and its state is of 'head'"): o.add_param_group(dict(params=[("lm_head.weight", P["lm_head.weight"])]))
+    o = make("scale.SCALE", {"lm_head.weight": P["lm_head.weight"]}); o.add_param_group(dict(params=[(n, P[n]) for n in ("embed.weight", "q")]))
+    for p in P.values(): p.grad = torch.ones_like(p)
+    o.step(); assert bits(o) == member("optimizers", "scale.SCALE").state_bytes(S)
+
+def test_sophia_s_groups_have_one_gap():
+    o = make("sophia.Sophia", start()); new = lambda: [("new", torch.ones(3).requires_grad_())]
+    with pytest.raises(ValueError, match=f"have gap={GAP} .got gap=3"): o.add_param_group(dict(params=new(), gap=3))
+    o.add_param_group(dict(params=new(), gap=GAP))
+
+def test_an_estimate_of_another_kind_is_refused_before_anything_changes():
+    P = start(shapes=SHAPES | {"empty": (0, 4)}); S = {n: tuple(p.shape) for n,p in P.items()}; O = member("optimizers", "sophia.Sophia"); o = O(P.items(), gap=GAP)
+    ĥ = [torch.ones(p.shape) for g in o.param_groups for p in g["params"]]; first = lambda x: [x, *ĥ[1:]]; last = lambda x: [*ĥ[:-1], x]
+    for odd in (first(torch.tensor(3.)), last(torch.ones(3)), last(torch.ones(S["scale"]).to(torch.complex64)), first(ĥ[0].to_sparse()), last(2.), ĥ[:-1], 0, True, 2.5):
+        with pytest.raises(ValueError, match="estimate"): o.observe(odd)
+        assert not o.state
+    for n,p in P.items(): p.grad = torch.ones(p.shape)
+    P["head.weight"].grad = P["head.weight"].grad.to_sparse()
+    with pytest.raises(ValueError, match="sparse one for 'head.weight'"): o.observe(5)
+    assert not o.state
+    P["head.weight"].grad = torch.ones(7, 4); o.observe(5); o.observe(ĥ); o.step()
+    assert bits(o) == O.state_bytes(S)
+
+@every
+def test_a_file_that_cannot_be_goes_nowhere(name):
+    P = start(); o = make(name, P, lr=.01); train(P, o, 0, 2); was = {n: {k: v.clone() for k,v in o.state[p].items()} for n,p in P.items()}
+    saved, other = o.state_dict(), torch.optim.AdamW(list(P.values())); other.step()
+    spoil = lambda **kw: {**saved, **kw}; group = lambda **kw: spoil(param_groups=[*saved["param_groups"][:-1], saved["param_groups"][-1] | kw])
+    odd = [({}, "a saved state has"), (None, "a saved state has"), ([], "a saved state has"), (spoil(param_groups=[]), "a saved state has"), (other.state_dict(), "a saved state has|a saved group has"), (spoil(param_groups=other.state_dict()["param_groups"]*len(o.param_groups)), "without"), (group(rule="nothing"), "the saved state has")]
+    odd += [(spoil(state=saved["state"] | {1: saved["state"][1] | dict(step=torch.tensor(t))}), "the saved step of") for t in (math.nan, math.inf, -1., .5)]
+    if "rank" in o.defaults and name != "apollo.Mini": odd += [(spoil(param_groups=[g | dict(rank=r) for g in saved["param_groups"]]), "rank=") for r in (2, 0)]
+    for state,says in odd:
+        with pytest.raises(ValueError, match=says): o.load_state_dict(state)
+        assert all(torch.equal(v, o.state[P[n]][k]) for n,s in was.items() for k,v in s.items())
+    for g in saved["param_groups"]: g["lr"] = 0.                                                                          # the end of a schedule
+    o.load_state_dict(spoil(state={i: s for i,s in saved["state"].items() if i}))                                        # the first never had a gradient
+    first = o.param_groups[0]["params"][0]; assert not o.state[first] and all(o.state[p] for p in P.values() if p is not first)
+
+@pytest.mark.parametrize("was, now", [(3, 4), (3, None), (None, 3), (0, None), (None, 0)])
+def test_a_run_goes_on_with_its_own_rounding(was, now):
+    def build(seed): o = make("adamw.AdamW", P := start(torch.bfloat16), lr=.01); train(P, o if seed is None else stochastic(o, seed), 0, 1); return o
+    saved, o = build(was).state_dict(), build(now)
+    with pytest.raises(ValueError, match="the saved run rounds"): o.load_state_dict(saved)
+    build(was).load_state_dict(saved)
+
+def test_who_joins_a_run_is_rounded_alike():
+    o = stochastic(make("adamw.AdamW", start(torch.bfloat16)), seed=5)
+    with pytest.raises(ValueError, match="float16 for 'h'"): o.add_param_group(dict(params=[("h", torch.ones(3).half().requires_grad_())]))
+    with pytest.raises(ValueError, match="rounding=1"): o.add_param_group(dict(params=[("b", torch.ones(3).bfloat16().requires_grad_())], rounding=1))
+    o.add_param_group(dict(params=[("b", torch.ones(3).bfloat16().requires_grad_())])); assert {g["rounding"] for g in o.param_groups} == {5}
 
 BAD = [(dict(lr=-1.), "lr=-1"), (dict(lr=0), "lr=0"), (dict(lr=math.nan), "lr=nan"), (dict(lr=math.inf), "lr=inf"), (dict(weight_decay=-1), "weight_decay=-1")]
 @every
@@ -416,9 +510,9 @@ MUTANTS = [  # module, its text, the mutant's, the optimizer, the check
     ("lowrank", "and not is_end(name)", "", "apollo.APOLLO", definition), ("lowrank", "/{name}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "/{refresh}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "r > min(p.shape)", "r > max(p.shape)", "apollo.APOLLO", lambda name: test_ranks_that_cannot_be_are_refused(name, 2, "rank=2")),
     ("galore", "gram(Z))[1].flip(1)", "gram(Z))[1]", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()), ("galore", "[1].flip(1)[:,:r].contiguous()", "[1][:,:r].contiguous()", "galore.GaLore", definition), ("galore", "< 0, -1, 1)", "> 0, -1., 1.)", "galore.GaLore", lambda name: test_galore_finds_the_leading_directions()),
     ("galore", '(t - 1) % g["gap"] == 0', 't == 1', "galore.GaLore", definition), ("galore", 'g["lr"]*g["alpha"]', 'g["lr"]', "galore.GaLore", definition),
-    ("lion", "torch.lerp(g, m, β1)", "torch.lerp(g, m, β2)", "lion.Lion", definition), ("lion", ".sign_()", "", "lion.Lion", definition), ("lion", "1 - β2", "β2", "lion.Lion", definition), ("lion", 'group["lr"]*group["weight_decay"]', '0', "lion.Lion", definition),
+    ("lion", "torch.lerp(g, m, β1)", "torch.lerp(g, m, β2)", "lion.Lion", definition), ("lion", "_sign(torch.lerp(g, m, β1))", "torch.lerp(g, m, β1)", "lion.Lion", definition), ("lion", "1 - β2", "β2", "lion.Lion", definition), ("lion", 'group["lr"]*group["weight_decay"]', '0', "lion.Lion", definition),
     ("sophia", ".clamp_(-1, 1)", "", "sophia.Sophia", definition), ("sophia", 'group["gamma"]*h', 'h', "sophia.Sophia", definition), ("sophia", "1 - β2))", "β2))", "sophia.Sophia", definition), ("sophia", '% self.param_groups[0]["gap"] == 0', '% self.param_groups[0]["gap"] == 1', "sophia.Sophia", definition),
-    ("scale", '0 if g["rule"] == "embedding" else 1', "1", "scale.SCALE", definition), ("scale", '1 - g["momentum"]', 'g["momentum"]', "scale.SCALE", definition), ("scale", "rms > 0, G/rms", "rms >= 0, G/rms", "scale.SCALE", late_start), ("scale", "squares/p.shape[axis]", "squares", "scale.SCALE", definition),
+    ("scale", '0 if g["rule"] == "embedding" else 1', "1", "scale.SCALE", definition), ("scale", '1 - g["momentum"]', 'g["momentum"]', "scale.SCALE", definition), ("scale", "rms == 0, torch", "rms < 0, torch", "scale.SCALE", late_start), ("scale", "squares/p.shape[axis]", "squares", "scale.SCALE", definition),
     ("adamw", 'weight_decay=g["weight_decay"], eps=g["eps"], maximize', 'weight_decay=0.1, eps=g["eps"], maximize', "adamw.AdamW", definition), ("adamw", 'maximize=g["maximize"])', "maximize=False)", "adamw.AdamW", up), ("adamw", "[w.contiguous() for w in W]", "W", "adamw.AdamW", lambda name: test_empty_and_transposed_tensors(name)), ("adamw", "dtype=working(p)", "dtype=p.dtype", "adamw.AdamW", half),
     ("contract", 'g["weight_decay"]*decayed', 'g["weight_decay"]', "adamw.AdamW", definition), ("contract", 'return -x if g["maximize"] else x', "return x", "lion.Lion", up), ("contract", "torch.float32 if p.dtype in", "p.dtype if p.dtype in", "lion.Lion", half), ("contract", "for each in zip(g[\"param_names\"], g[\"params\"], g[\"shapes\"]): _refuse(*each)", "pass", "lion.Lion", refused),
     ("contract", r"^module\.|(_orig_mod|", r"^nothing\.|(", "apollo.APOLLO", wrapped), ("contract", "self.state[p] = {k:", "dropped = {k:", "lion.Lion", half), ("contract", "and p.numel()", "", "baselines.Adafactor", lambda name: test_empty_and_transposed_tensors(name)),

@@ -1,5 +1,5 @@
 """The native passes: built for three kinds of processor, at any number of threads, and against the optimizers' torch lines."""
-import ctypes, shutil
+import ctypes, math, shutil
 
 import pytest, torch
 from pathlib import Path
@@ -154,3 +154,12 @@ def test_what_does_not_fit_never_reaches_c():
     for G2, P, S, says in ((torch.ones(4000, 8), torch.ones(2, 8), state, "same columns"), (G, torch.ones(2, 7), state, "same columns"), (G, torch.ones(2, 8), (torch.zeros(1, 2), *state[1:]), "both moments"), (G, torch.ones(3, 8), state, "both moments"), (G, torch.ones(2, 8).double(), state, "is float32")):
         with pytest.raises((ValueError, TypeError), match=says): steps.apollo([torch.zeros(9, 8), W], [torch.ones(9, 8), G2], [lambda: torch.ones(1, 8), lambda: P], [(torch.zeros(9, 1), torch.zeros(9, 1), torch.zeros(())), S], True, constants, [rates]*2)
     assert not W.any()
+
+@pytest.mark.parametrize("n", [1, 7, 16, 37])
+def test_lion_s_sign_of_every_kind_of_number(n):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0., -0., 1e-44, -1e-44, 3e38, -1.])
+    for shift in range(9):
+        W, G, M = torch.ones(n), x.roll(shift).repeat(5)[:n].clone(), torch.zeros(n)
+        assert steps.lion([w := W.clone()], [G], [m := M.clone()], .25, (.5, .5), 1.)
+        c = torch.lerp(G, M, .5); want = torch.where(c.isnan(), c, 1 - .25*c.sign())
+        assert torch.equal(w.nan_to_num(9.), want.nan_to_num(9.)) and torch.equal(w.isnan(), G.isnan()) and torch.equal(m.isnan(), G.isnan())

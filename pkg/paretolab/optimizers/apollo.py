@@ -14,7 +14,7 @@ from .contract import Whole
 from ..kernels import steps
 from .lowrank import Layout, LowRank, Sparse, rank_of, total
 
-# %% ../../../nbs/optimizers/apollo.ipynb #896e1321
+# %% ../../../nbs/optimizers/apollo.ipynb #d2c08fdb
 class APOLLO(LowRank):
     "Each channel of a matrix scaled by what AdamW does to a random projection of it."
     channels, growth, projection = True, 1.01, Sparse()
@@ -30,7 +30,6 @@ class APOLLO(LowRank):
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
     ):
-        if not alpha > 0: raise ValueError(f"the factor of the update has to be above 0 (got {alpha=})")
         super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
@@ -110,7 +109,7 @@ def _apply(self:APOLLO, g, p, layout, t, s, squares):
     if not steps.apply(W, G, step, keep): W.mul_(keep).sub_(G*(step[:,None] if self.channels else step))
     self.put(p, w)
 
-# %% ../../../nbs/optimizers/apollo.ipynb #78fb0289
+# %% ../../../nbs/optimizers/apollo.ipynb #9494e57b
 class Mini(APOLLO):
     "APOLLO with one direction and one scale for each matrix."
     channels = False
@@ -127,5 +126,8 @@ class Mini(APOLLO):
     ):
         super().__init__(named_parameters, lr=lr, rank=1, alpha=alpha, gap=gap, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
 
+    def check(self, group):
+        super().check(group)
+        if (r := group["rank"]) != 1: raise ValueError(f"APOLLO-Mini has one direction (got rank={r}); take APOLLO for more")
     @staticmethod
     def slots(rule, shape, rank=None): return APOLLO.slots(rule, shape, 1)

@@ -82,7 +82,7 @@ def _library(name):
     try: return import_module(name)
     except ModuleNotFoundError as e: raise ModuleNotFoundError(f"this baseline is computed by the package {name.replace('_', '-')} (got {e}); install paretolab[optimizers]") from None
 
-# %% ../../../nbs/optimizers/baselines.ipynb #76b83037
+# %% ../../../nbs/optimizers/baselines.ipynb #f9c99004
 class SOAP(Optimizer):
     "Adam in Shampoo's eigenbasis for the matrices of the blocks, AdamW for the rest."
     def __init__(self,
@@ -95,7 +95,6 @@ class SOAP(Optimizer):
         weight_decay:float=0.01, # of the matrices
         maximize:bool=False, # go up instead of down
     ):
-        if type(gap) is not int or gap < 1: raise ValueError(f"a basis serves a whole number of steps, at least 1 (got {gap=})")
         _library("pytorch_optimizer")
         super().__init__(named_parameters, dict(lr=lr, betas=tuple(betas), gap=gap, eps=eps, weight_decay=weight_decay, maximize=maximize))
 
@@ -105,6 +104,9 @@ class SOAP(Optimizer):
     def slots(rule, shape, rank=None):
         if rule == "adamw": return Optimizer.slots(rule, shape)
         return dict(exp_avg=shape, exp_avg_sq=shape, step=()) | {f"{k}{i}": (n, n) for k in ("GG", "Q") for i,n in enumerate(shape)}
+    def check(self, group):
+        super().check(group)
+        if type(gap := group["gap"]) is not int or gap < 1: raise ValueError(f"a basis serves a whole number of steps, at least 1 (got {gap=})")
     def admit(self, rule, named, group): rule == "soap" and _whole(named)
 
     def update(self, g, named):
@@ -119,7 +121,7 @@ class SOAP(Optimizer):
         o.step(); s = o.state[w]
         state.update({k: x.contiguous() for k,x in [(k, s[k]) for k in ("exp_avg", "exp_avg_sq")] + [(f"{k}{i}", x) for k in ("GG", "Q") for i,x in enumerate(s[k])]}); self.put(p, w)
 
-# %% ../../../nbs/optimizers/baselines.ipynb #71756f36
+# %% ../../../nbs/optimizers/baselines.ipynb #e56fce71
 class ScheduleFree(Optimizer):
     "AdamW whose iterates are averaged instead of its learning rate lowered."
     def __init__(self,
@@ -132,13 +134,15 @@ class ScheduleFree(Optimizer):
         maximize:bool=False, # go up instead of down
     ):
         _library("schedulefree")
-        if len(betas) == 2 and not betas[0] > 0: raise ValueError(f"y has to hold some of the average (got {betas=})")
         super().__init__(named_parameters, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize, averaged=False))
 
     @staticmethod
     def rule(name, shape): return "schedule-free"
     @staticmethod
     def slots(rule, shape, rank=None): return dict(z=shape, exp_avg_sq=shape, weight_sum=(), lr_max=(), step=())
+    def check(self, group):
+        super().check(group)
+        if not (betas := group["betas"])[0] > 0: raise ValueError(f"y has to hold some of the average (got {betas=})")
     def admit(self, rule, named, group): _whole(named)
 
     def update(self, g, named):

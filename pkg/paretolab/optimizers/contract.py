@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['is_end', 'local', 'Whole', 'working', 'Optimizer']
 
-# %% ../../../nbs/optimizers/contract.ipynb #55286776
-import inspect, math, re
+# %% ../../../nbs/optimizers/contract.ipynb #2158e57e
+import inspect, math, numbers, re
 from types import SimpleNamespace
 import numpy as np, torch
 from torch import Tensor
 
-# %% ../../../nbs/optimizers/contract.ipynb #2dbaa9c0
+# %% ../../../nbs/optimizers/contract.ipynb #cddd547b
+def real(x): return isinstance(x, (numbers.Real, Tensor)) # NumPy's numbers are
 def _check(
     lr:float, # learning rate η
     betas:tuple=(0., 0.), # memories β of the moments
@@ -19,9 +20,9 @@ def _check(
     weight_decay:float=0., # λ
 ):
     "Refuse what no optimizer takes."
-    if not 0 < lr < math.inf: raise ValueError(f"the learning rate has to be above 0 (got {lr=})")
-    if len(betas) != 2 or not all(0 <= β < 1 for β in betas): raise ValueError(f"both memories of the moments lie in [0, 1) (got {betas=})")
-    if not (0 <= eps < math.inf and 0 <= weight_decay < math.inf): raise ValueError(f"eps and the decay are at least 0 (got {eps=}, {weight_decay=})")
+    if not (real(lr) and 0 < lr < math.inf): raise ValueError(f"the learning rate has to be a number above 0 (got {lr=})")
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(real(β) and 0 <= β < 1 for β in betas)): raise ValueError(f"both memories of the moments lie in [0, 1) (got {betas=})")
+    if not all(real(x) and 0 <= x < math.inf for x in (eps, weight_decay)): raise ValueError(f"eps and the decay are at least 0 (got {eps=}, {weight_decay=})")
 
 # %% ../../../nbs/optimizers/contract.ipynb #69a3936e
 def _clean(name): return re.sub(r"^module\.|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
@@ -51,14 +52,15 @@ class Whole:
     def write(self, state, key, value):                                       # put back, if it is not the slot itself
         if value is not (held := local(state[key])) and value.data_ptr() != held.data_ptr(): held.copy_(value)
 
-# %% ../../../nbs/optimizers/contract.ipynb #3ddb31f9
+# %% ../../../nbs/optimizers/contract.ipynb #44eb956f
 def _named(group, known):
     "The pairs of a new group, clean names first; refused if one cannot be optimized or is here already."
-    pairs = list(group["params"].items() if isinstance(group["params"], dict) else group["params"])
+    pairs = list(x.items() if isinstance(x := group.get("params", ()), dict) else x)
     if not pairs: raise ValueError("there is nothing to optimize: pass (name, parameter) pairs, as from `model.named_parameters()` (got none)")
     if not all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in pairs): raise ValueError(f"the rules go by name: pass (name, parameter) pairs, as from `model.named_parameters()` (got {type(pairs[0]).__name__})")
     for n,p in pairs:
-        if not isinstance(p, Tensor) or p.is_sparse or p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64): raise ValueError(f"parameters are dense and real, of 16, 32 or 64 bits (got {n!r}, {getattr(p, 'dtype', type(p))})")
+        if not isinstance(p, Tensor) or p.layout != torch.strided or p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64): raise ValueError(f"parameters are dense and real, of 16, 32 or 64 bits (got {n!r}, {getattr(p, 'dtype', type(p))}, {getattr(p, 'layout', None)})")
+        if not (p.is_leaf or p.retains_grad): raise ValueError(f"what is optimized is no result of other tensors (got {n!r}, with a graph behind it); pass the parameter itself")
     names, tensors = [_clean(n) for n,_ in pairs], [id(p) for _,p in pairs]
     for what,new,old in (("name", names, {n for n,_ in known}), ("parameter", tensors, {id(p) for _,p in known})):
         if len(set(new)) < len(new) or old & set(new): raise ValueError(f"each {what} is optimized once (got one twice among {', '.join(names)[:100]})")
@@ -72,12 +74,20 @@ def _refuse(name, p, shape):
     if g.layout != torch.strided: raise ValueError(f"gradients are dense (got a sparse one for {name!r}); make the embedding with sparse=False")
     if g.is_complex() or g.shape != p.shape: raise ValueError(f"the gradient of {name!r} is real and has the shape {tuple(p.shape)} (got {tuple(g.shape)}, {g.dtype})")
 
-# %% ../../../nbs/optimizers/contract.ipynb #e36fa32d
-def _same(groups, saved):
-    "A saved state is of these parameters, in this order."
-    for mine,other in zip(groups, saved):
+# %% ../../../nbs/optimizers/contract.ipynb #9446c680
+def _same(groups, saved, defaults):
+    "A saved state is of these parameters, in this order, and has the options they need."
+    got = (list(saved), len(saved.get("param_groups", ()))) if isinstance(saved, dict) else (type(saved).__name__, 0)
+    if not ({"state", "param_groups"} <= set(got[0]) and got[1] == len(groups)): raise ValueError(f"a saved state has state and {len(groups)} param_groups, as `state_dict()` gives them (got {got[0]}, {got[1]} groups); make the optimizer as the one that was saved")
+    for mine,other in zip(groups, saved["param_groups"]):
+        if lacking := [k for k in mine if k in ("params", "param_names", "shapes", "rule", *defaults) and k not in other]: raise ValueError(f"a saved group has its options, and the names, shapes and rule of its parameters (got one without {', '.join(lacking)}); load what an optimizer of this kind has saved")
         for n,s,m,t in zip(mine["param_names"], mine["shapes"], other["param_names"], other["shapes"]):
-            if (n, list(s)) != (m, list(t)): raise ValueError(f"the saved state has {m!r} {tuple(t)} where this optimizer has {n!r} {tuple(s)}; make it as the one that was saved")
+            if (n, list(s), mine["rule"]) != (m, list(t), other["rule"]): raise ValueError(f"the saved state has {m!r} {tuple(t)} where this optimizer has {n!r} {tuple(s)} (by the rules {other['rule']} and {mine['rule']}); make it as the one that was saved")
+
+# %% ../../../nbs/optimizers/contract.ipynb #f2431082
+def bfloat16(named):
+    "What can be rounded at random."
+    if odd := [n for n,p in named if p.dtype == torch.float16]: raise ValueError(f"stochastic rounding is for bfloat16 (got float16 for {odd[0]!r}); convert the model")
 
 # %% ../../../nbs/optimizers/contract.ipynb #d86f401d
 def working(
@@ -162,7 +172,7 @@ _bare = SimpleNamespace(**{k: inspect.unwrap(getattr(torch.optim.Optimizer, k)) 
 # %% ../../../nbs/optimizers/contract.ipynb #d2497114
 def _plain(x): return {k: _plain(v) for k,v in x.items()} if isinstance(x, dict) else type(x)(map(_plain, x)) if isinstance(x, (list, tuple)) else x.item() if isinstance(x, np.generic) else x
 
-# %% ../../../nbs/optimizers/contract.ipynb #7c97aedd
+# %% ../../../nbs/optimizers/contract.ipynb #7a01c864
 class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
     "What every optimizer of the family shares."
     def __init__(self,
@@ -175,15 +185,19 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True): _bare.zero_grad(self, set_to_none)
     def __getstate__(self): raise TypeError("an optimizer is neither copied nor pickled, because its rounding and its projections belong to its parameters (got copy.deepcopy or pickle); make one of the new parameters and load `state_dict()`")
     def state_dict(self): return {k: _plain(v) if k == "param_groups" else v for k,v in _bare.state_dict(self).items()}
-    def admit(self, rule, named, group): pass # a subclass refuses here what its rule cannot do
+    def check(self, group): _check(**{k: group[k] for k in ("lr", "betas", "eps", "weight_decay") if k in group}) # a subclass refuses here options that cannot be
+    def admit(self, rule, named, group): pass # and here what its rule cannot do
 
     def add_param_group(self, group):
         "Check new parameters, and put those of one rule into one group."
         options = {k: v for k,v in group.items() if k not in ("params", "param_names")}
-        g = self.defaults | options
-        named, parts = _named(group, [(n, p) for g in self.param_groups for n,p in zip(g["param_names"], g["params"])]), {}
-        _check(**{k: g[k] for k in ("lr", "betas", "eps", "weight_decay") if k in g})
-        rules = self.rules({n: p.shape for n,p in named})
+        g, here, parts = self.defaults | options, [(n, p) for g in self.param_groups for n,p in zip(g["param_names"], g["params"])], {}
+        named = _named(group, here)
+        if odd := sorted(options.keys() - self.defaults.keys() | options.keys() & {"rounding"}): raise ValueError(f"the options of a group are {', '.join(self.defaults)} (got {odd[0]}={options[odd[0]]!r})")
+        self.check(g)
+        if "rounding" in g: bfloat16(named)
+        rules = self.rules({n: p.shape for n,p in here + named})
+        if odd := [(n, x["rule"]) for x in self.param_groups for n in x["param_names"] if rules[n] != x["rule"]]: raise ValueError(f"beside the new parameters {odd[0][0]!r} would follow the rule {rules[odd[0][0]]!r}, and its state is of {odd[0][1]!r} (got {', '.join(n for n,_ in named)[:100]}); make one optimizer of them all")
         for n,p in named: parts.setdefault((rules[n], p.ndim == 2), []).append((n, p))
         for (rule,_),part in parts.items():
             self.admit(rule, part, g)
@@ -209,19 +223,28 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
             if named: self.update(g, named)
         return loss
 
-    def _fit(self, g, states):
+    def _fit(self, g, saved, states):
         "Saved tensors are those of this group's slots: fused kernels trust them."
         for n,p,shape,held in zip(g["param_names"], g["params"], g["shapes"], states):
-            need = _parts(type(self), g["rule"], tuple(shape), g.get("rank")) if held else {}
+            need, asked = (_parts(type(self), g["rule"], tuple(shape), x.get("rank")) for x in (g, saved))
+            if need != asked: raise ValueError(f"the saved state of {n!r} is of rank={saved['rank']} (got rank={g['rank']}); make the optimizer as the one that was saved")
+            if not held: continue                                             # it had no gradient until then: its state begins with its first one
             for k,(s,t) in need.items():
                 v, types = held.get(k), {t, working(p)} if t == torch.float32 else {t}
                 if not isinstance(v, Tensor) or v.shape != s or v.dtype not in types: raise ValueError(f"the saved {k} of {n!r} is {'missing' if v is None else f'{tuple(v.shape)}, {v.dtype}' if isinstance(v, Tensor) else repr(v)} where {s}, {t} is needed; make the optimizer as the one that was saved")
+            if need and not (float(held["step"]) >= 0 and float(held["step"]).is_integer()): raise ValueError(f"the saved step of {n!r} is a whole number of at least 0 (got {float(held['step'])}); go back to an earlier file")
             if need and (more := sorted(held.keys() - need.keys())): raise ValueError(f"the saved state of {n!r} has {', '.join(more)}, where only {', '.join(need)} are needed; make the optimizer as the one that was saved")
+
+    def agree(self, saved):
+        "The groups of a saved state go on as they were."
+        for g in saved:
+            if (was := g.get("rounding")) != (now := self.defaults.get("rounding")): raise ValueError(f"the saved run rounds {'to nearest' if was is None else f'at random with seed={was}'} (got {'rounding to nearest' if now is None else f'seed={now}'}); " + ("make the optimizer without `stochastic`" if was is None else f"call `stochastic(optimizer, seed={was})` first"))
+            self.check(g | dict(lr=g["lr"] or self.defaults["lr"]))           # a schedule may have ended at 0
 
     def load_state_dict(self, state_dict):
         "Load a saved state; every tensor keeps the type it was saved in."
-        _same(self.param_groups, state_dict["param_groups"])
-        for g,saved in zip(self.param_groups, state_dict["param_groups"]): self._fit(g, [state_dict["state"].get(i, {}) for i in saved["params"]])
+        _same(self.param_groups, state_dict, [k for k in self.defaults if k != "rounding"]); self.agree(state_dict["param_groups"])
+        for g,saved in zip(self.param_groups, state_dict["param_groups"]): self._fit(g, saved, [state_dict["state"].get(i, {}) for i in saved["params"]])
         _bare.load_state_dict(self, state_dict)
         ids, params = ([p for g in groups for p in g["params"]] for groups in (state_dict["param_groups"], self.param_groups))
         for i,p in zip(ids, params):

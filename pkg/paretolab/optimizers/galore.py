@@ -39,7 +39,7 @@ def randomised(
     for _ in range(3): Z = torch.linalg.qr(gram(Z))[0]
     return _signed(Z @ torch.linalg.eigh(Z.mT @ gram(Z))[1].flip(1)[:,:r])
 
-# %% ../../../nbs/optimizers/galore.ipynb #9bcd1fe0
+# %% ../../../nbs/optimizers/galore.ipynb #3928d57c
 class GaLore(LowRank):
     "AdamW on the leading singular directions of each matrix's gradient."
     basis, projection = staticmethod(randomised), Gaussian()                # of the basis: where it starts
@@ -55,7 +55,6 @@ class GaLore(LowRank):
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
     ):
-        if not alpha > 0: raise ValueError(f"the factor of the update has to be above 0 (got {alpha=})")
         super().__init__(named_parameters, dict(lr=lr, rank=rank, alpha=float(alpha), gap=gap, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod

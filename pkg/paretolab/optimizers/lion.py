@@ -10,7 +10,10 @@ import torch
 from ..kernels import steps
 from .contract import Optimizer, working
 
-# %% ../../../nbs/optimizers/lion.ipynb #6637195c
+# %% ../../../nbs/optimizers/lion.ipynb #7a1bfd09
+def _sign(c): return torch.where(c.isnan(), c, c.sign())
+
+# %% ../../../nbs/optimizers/lion.ipynb #0ccfba2f
 class Lion(Optimizer):
     "The sign of an interpolated momentum, for every parameter."
     def __init__(self,
@@ -38,5 +41,5 @@ class Lion(Optimizer):
         self.ticks(params)
         Θ, G, M = [self.weight(p) for p in params], [self.gradient(group, p) for p in params], [self.states.read(self.state[p], "exp_avg") for p in params]
         if not steps.lion(Θ, G, M, η, (β1, β2), keep):
-            for θ,g,m in zip(Θ, G, M): θ.mul_(keep).sub_(torch.lerp(g, m, β1).sign_(), alpha=η); m.lerp_(g, 1 - β2)
+            for θ,g,m in zip(Θ, G, M): θ.mul_(keep).sub_(_sign(torch.lerp(g, m, β1)), alpha=η); m.lerp_(g, 1 - β2)
         for p,m,θ in zip(params, M, Θ): self.states.write(self.state[p], "exp_avg", m); self.put(p, θ)

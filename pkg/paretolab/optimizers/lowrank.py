@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Gaussian', 'Sparse', 'rank_of', 'Layout', 'LowRank']
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #071ada4e
+# %% ../../../nbs/optimizers/lowrank.ipynb #e3b909f9
 import hashlib, math
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.distributed as dist
 from torch import Tensor
 from ..kernels import steps
-from .contract import Optimizer, is_end
+from .contract import Optimizer, is_end, real
 
 # %% ../../../nbs/optimizers/lowrank.ipynb #7b19984c
 def _words(seed, name, refresh, n):
@@ -111,18 +111,22 @@ def total(
         for i,s in zip(mine, flat.split([len(parts[i]) for i in mine])): parts[i] = s
     return parts
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #37507f2c
+# %% ../../../nbs/optimizers/lowrank.ipynb #16d41dfd
 class LowRank(Optimizer):
     "AdamW on a projection of the matrices, AdamW itself on the rest."
     @staticmethod
     def rule(name, shape): return "low rank" if len(shape) == 2 and min(shape) and not is_end(name) else "adamw"
 
-    def admit(self, rule, named, group):
-        if (gap := group["gap"]) < 1 or type(gap) is not int: raise ValueError(f"a projection serves a whole number of steps, at least 1 (got {gap=})")
+    def check(self, group):
+        super().check(group)
+        if not (real(α := group.get("alpha", 1)) and 0 < α < math.inf): raise ValueError(f"the factor of the update has to be above 0 (got alpha={α!r})")
+        if type(gap := group["gap"]) is not int or gap < 1: raise ValueError(f"a projection serves a whole number of steps, at least 1 (got {gap=})")
         if (r := group["rank"]) is not None and (type(r) is not int or r < 1): raise ValueError(f"the rank is a whole number of at least 1, or None for a quarter of each short side (got rank={r})")
+
+    def admit(self, rule, named, group):
         for n,p in named:
             if rule != "low rank": continue
-            if r and r > min(p.shape): raise ValueError(f"the rank is at most the short side of every matrix (got rank={r} for {n!r}, {tuple(p.shape)}); leave it out for a quarter of each")
+            if (r := group["rank"]) and r > min(p.shape): raise ValueError(f"the rank is at most the short side of every matrix (got rank={r} for {n!r}, {tuple(p.shape)}); leave it out for a quarter of each")
             Layout(p)
 
     def drawn(self, n, p, refresh, r, m):
@@ -149,6 +153,6 @@ class LowRank(Optimizer):
         for g in saved["param_groups"]: g["projection"] = repr(self.projection)
         return saved
 
-    def load_state_dict(self, state_dict):
-        if odd := [was for g in state_dict["param_groups"] if (was := g.get("projection", repr(self.projection))) != repr(self.projection)]: raise ValueError(f"the saved state goes on with projection = {odd[0]} (got {self.projection!r}); set it on the optimizer first")
-        super().load_state_dict(state_dict)
+    def agree(self, saved):
+        super().agree(saved)
+        if odd := [was for g in saved if (was := g.get("projection", repr(self.projection))) != repr(self.projection)]: raise ValueError(f"the saved state goes on with projection = {odd[0]} (got {self.projection!r}); set it on the optimizer first")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['orthogonal', 'Muon']
 
-# %% ../../../nbs/optimizers/muon.ipynb #e75e1880
+# %% ../../../nbs/optimizers/muon.ipynb #a22d633d
 import torch
 from torch import Tensor
 from .adamw import adamw
-from .contract import Optimizer, is_end, working
+from .contract import Optimizer, is_end, real, working
 
 # %% ../../../nbs/optimizers/muon.ipynb #c9e24f19
 def orthogonal(
@@ -26,7 +26,7 @@ def orthogonal(
         X = a*X + (b*A + c*A @ A) @ X
     return X.mT if tall else X
 
-# %% ../../../nbs/optimizers/muon.ipynb #d115185a
+# %% ../../../nbs/optimizers/muon.ipynb #5a0e1c60
 class Muon(Optimizer):
     "Muon for the matrices of the blocks, AdamW for everything else."
     def __init__(self,
@@ -39,7 +39,6 @@ class Muon(Optimizer):
         weight_decay:float=0.1, # λ; norms are not decayed
         maximize:bool=False, # go up instead of down
     ):
-        if not 0 <= momentum < 1: raise ValueError(f"the momentum lies in [0, 1) (got {momentum=})")
         super().__init__(named_parameters, dict(lr=lr, momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
@@ -47,6 +46,9 @@ class Muon(Optimizer):
     @staticmethod
     def slots(rule, shape, rank=None): return dict(momentum=shape, step=()) if rule == "muon" else Optimizer.slots(rule, shape)
 
+    def check(self, group):
+        super().check(group)
+        if not (real(μ := group["momentum"]) and 0 <= μ < 1): raise ValueError(f"the momentum lies in [0, 1) (got momentum={μ!r})")
     def admit(self, rule, named, group):
         if odd := [n for n,p in named if rule == "muon" and hasattr(p, "placements")]: raise ValueError(f"Muon needs whole matrices (got the sharded {odd[0]!r}); replicate them, or take optimizers.apollo")
 

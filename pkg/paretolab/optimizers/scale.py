@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SCALE']
 
-# %% ../../../nbs/optimizers/scale.ipynb #5a5550c8
+# %% ../../../nbs/optimizers/scale.ipynb #03a6a8a4
 import re
 import torch
 import torch.distributed as dist
 from .adamw import adamw
-from .contract import Optimizer, is_end, working
+from .contract import Optimizer, is_end, real, working
 
-# %% ../../../nbs/optimizers/scale.ipynb #76048104
+# %% ../../../nbs/optimizers/scale.ipynb #fce52954
 class SCALE(Optimizer):
     "Normalised gradients, and momentum for the head."
     def __init__(self,
@@ -25,7 +25,6 @@ class SCALE(Optimizer):
         weight_decay:float=0., # λ of the matrices
         maximize:bool=False, # go up instead of down
     ):
-        if not 0 <= momentum < 1: raise ValueError(f"the momentum lies in [0, 1) (got {momentum=})")
         super().__init__(named_parameters, dict(lr=lr, momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     @staticmethod
@@ -36,6 +35,10 @@ class SCALE(Optimizer):
         return found if "head" in found.values() else {n: "head" if r == "embedding" else r for n,r in found.items()}
     @staticmethod
     def slots(rule, shape, rank=None): return Optimizer.slots(rule, shape) if rule == "adamw" else dict(exp_avg=shape, step=()) if rule == "head" else dict(step=())
+
+    def check(self, group):
+        super().check(group)
+        if not (real(μ := group["momentum"]) and 0 <= μ < 1): raise ValueError(f"the momentum lies in [0, 1) (got momentum={μ!r})")
 
     def update(self, g, named):
         if g["rule"] == "adamw": return adamw(self, g, [p for _,p in named])
@@ -49,11 +52,11 @@ class SCALE(Optimizer):
             m = self.states.read(self.state[p], "exp_avg").lerp_(G, 1 - g["momentum"]); self.states.write(self.state[p], "exp_avg", m); G = m
         w.mul_(1 - g["lr"]*g["weight_decay"]).sub_(_normal(p, G, 0 if g["rule"] == "embedding" else 1), alpha=g["lr"]); self.put(p, w)
 
-# %% ../../../nbs/optimizers/scale.ipynb #9adfbf18
+# %% ../../../nbs/optimizers/scale.ipynb #10171c6f
 def _normal(p, G, axis):
     "C(G), over one axis; where that is cut between processes, one number for each output is sent."
     squares = G.square().sum(axis, keepdim=True)
     for i,s in enumerate(p.placements if hasattr(p, "placements") else ()):
         if s.is_shard(axis): dist.all_reduce(squares, group=p.device_mesh.get_group(i))
     rms = (squares/p.shape[axis]).sqrt()
-    return torch.where(rms > 0, G/rms, torch.zeros_like(G))
+    return torch.where(rms == 0, torch.zeros_like(G), G/rms)                  # a rms of NaN is passed on

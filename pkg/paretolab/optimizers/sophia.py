@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['hutchinson', 'sample', 'Sophia']
 
-# %% ../../../nbs/optimizers/sophia.ipynb #49c3d69a
-import warnings
+# %% ../../../nbs/optimizers/sophia.ipynb #1e42c80d
+import math, warnings
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .contract import Optimizer, local, working
+from .contract import Optimizer, local, real, working
 
 # %% ../../../nbs/optimizers/sophia.ipynb #3d2410f6
 def hutchinson(
@@ -33,7 +33,7 @@ def sample(
     p = logits.detach().float().softmax(-1)
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
-# %% ../../../nbs/optimizers/sophia.ipynb #8471d647
+# %% ../../../nbs/optimizers/sophia.ipynb #8a4bf802
 class Sophia(Optimizer):
     "Momentum over curvature, clipped, for every parameter."
     def __init__(self,
@@ -47,8 +47,6 @@ class Sophia(Optimizer):
         weight_decay:float=0.1, # λ of the matrices
         maximize:bool=False, # go up instead of down
     ):
-        if not gamma > 0: raise ValueError(f"the share of the curvature has to be above 0 (got {gamma=})")
-        if type(gap) is not int or gap < 1: raise ValueError(f"an estimate serves a whole number of steps, at least 1 (got {gap=})")
         super().__init__(named_parameters, dict(lr=lr, betas=tuple(betas), gamma=gamma, gap=gap, eps=eps, weight_decay=weight_decay, maximize=maximize))
         self._seen = False
 
@@ -56,6 +54,12 @@ class Sophia(Optimizer):
     def rule(name, shape): return "sophia"
     @staticmethod
     def slots(rule, shape, rank=None): return dict(exp_avg=shape, hessian=shape, step=())
+    def check(self, group):
+        super().check(group)
+        if not (real(γ := group["gamma"]) and 0 < γ < math.inf): raise ValueError(f"the share of the curvature has to be above 0 (got gamma={γ!r})")
+        if type(k := group["gap"]) is not int or k < 1: raise ValueError(f"an estimate serves a whole number of steps, at least 1 (got gap={k})")
+    def admit(self, rule, named, group):
+        if self.param_groups and group["gap"] != (k := self.param_groups[0]["gap"]): raise ValueError(f"an estimate is of all parameters at once, so all groups have gap={k} (got gap={group['gap']})")
 
     @property
     def due(self): # is an estimate due before the next step?
@@ -80,17 +84,20 @@ class Sophia(Optimizer):
     def _begin(self, p):
         if not self.state[p]: self.begin(p, exp_avg=torch.zeros_like(p, dtype=working(p)), hessian=torch.zeros_like(p, dtype=working(p)))
 
-# %% ../../../nbs/optimizers/sophia.ipynb #78213a40
+# %% ../../../nbs/optimizers/sophia.ipynb #173b382d
 @patch
 @torch.no_grad()
 def observe(self:Sophia,
     estimate, # B, tokens of the batch whose labels were sampled and whose gradient is in `.grad`; or ĥ of each parameter, in order, as from `hutchinson`
 ):
     "Take an estimate of the curvature into its running mean."
-    pairs = [(g["betas"][1], p) for g in self.param_groups for p in g["params"]]
-    if (gnb := isinstance(estimate, int)) and estimate < 1 or not gnb and len(estimate) != len(pairs): raise ValueError(f"an estimate is a number of tokens, or a list of one tensor for each of {len(pairs)} parameters (got {estimate if gnb else len(estimate)})")
-    for i,(β2, p) in enumerate(pairs):
-        if gnb and p.grad is None: continue
+    pairs = [(n, g["betas"][1], p) for g in self.param_groups for n,p in zip(g["param_names"], g["params"])]
+    if (gnb := not isinstance(estimate, (list, tuple))) and not (type(estimate) is int and estimate >= 1) or not gnb and len(estimate) != len(pairs): raise ValueError(f"an estimate is a number of tokens, or a list of one tensor for each of {len(pairs)} parameters (got {estimate if gnb else len(estimate)})")
+    if gnb: self.refuse()
+    for x,(n,_,p) in zip(() if gnb else estimate, pairs):
+        if not (isinstance(x, Tensor) and x.layout == torch.strided and not x.is_complex() and x.shape == p.shape): raise ValueError(f"the estimate of {n!r} is dense and real and has the shape {tuple(p.shape)} (got {(*x.shape,) if isinstance(x, Tensor) else x}, {getattr(x, 'dtype', type(x).__name__)}, {getattr(x, 'layout', None)})")
+    for i,(_,β2,p) in enumerate(pairs):
+        if gnb and p.grad is None or not p.numel(): continue
         self._begin(p)
         ĥ = estimate*local(p.grad).to(working(p)).square() if gnb else local(estimate[i]).to(working(p))
         self.states.write(self.state[p], "hessian", self.states.read(self.state[p], "hessian").lerp_(ĥ, 1 - β2))

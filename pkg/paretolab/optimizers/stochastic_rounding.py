@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['round_to_bfloat16', 'bits', 'stochastic']
 
-# %% ../../../nbs/optimizers/stochastic_rounding.ipynb #8bda03fb
+# %% ../../../nbs/optimizers/stochastic_rounding.ipynb #f39b4b9c
 import hashlib
 import torch
 from torch import Tensor
-from .contract import Optimizer, local
+from .contract import Optimizer, bfloat16, local
 
 # %% ../../../nbs/optimizers/stochastic_rounding.ipynb #ed3da35e
 def round_to_bfloat16(
@@ -43,15 +43,14 @@ def _position(p):
     for n,o,size in zip(here.shape, offset, p.shape): x = x[...,None]*size + torch.arange(o, o + n, device=here.device)
     return x.view(here.shape)
 
-# %% ../../../nbs/optimizers/stochastic_rounding.ipynb #386d3f22
+# %% ../../../nbs/optimizers/stochastic_rounding.ipynb #99473cfd
 def stochastic(
     optimizer:Optimizer, # of bfloat16 parameters
     seed:int=0, # of the noise
 )->Optimizer: # the same
     "Let an optimizer round its weights at random."
-    names = {p: n for g in optimizer.param_groups for n,p in zip(g["param_names"], g["params"])}
-    if odd := [n for p,n in names.items() if p.dtype == torch.float16]: raise ValueError(f"stochastic rounding is for bfloat16 (got float16 for {odd[0]!r}); convert the model")
-    for g in optimizer.param_groups: g["rounding"] = seed
+    bfloat16([x for g in optimizer.param_groups for x in zip(g["param_names"], g["params"])])
+    for g in (optimizer.defaults, *optimizer.param_groups): g["rounding"] = seed
     def put(p, w):
         name = next(n for g in optimizer.param_groups for n,q in zip(g["param_names"], g["params"]) if q is p)
         local(p).copy_(round_to_bfloat16(w, bits(f"{seed}/{int(optimizer.state[p]['step'])}/{name}", _position(p))))

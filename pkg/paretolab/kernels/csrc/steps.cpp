@@ -54,7 +54,7 @@ template <bool far> static void lion_one(float* w, const float* g, float* m, int
         const ids step = (ids)all(lr);
         auto each = [&](float* w, const float* g, float* m) {
             vec x = load(g), y = load(m), c = b1 * y + c1 * x;
-            store(w, keep * load(w) - (vec)(step & (c > 0)) + (vec)(step & (c < 0)));
+            store(w, keep * load(w) - (vec)(((((ids)c & INT32_MIN) | step) & (c != 0)) | (c != c))); // lr with the sign of c; 0 for 0; all bits, which is NaN, for NaN
             store(m, b2 * y + c2 * x);
         };
         for (; i + 16 <= to; i += 16) {                                        // a line of the cache
