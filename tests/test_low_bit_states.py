@@ -401,6 +401,8 @@ def native_is_right(path):
             for form in FORMS:
                 for signed in (True, False): test_every_instruction_set_makes_the_same_codes(k, form, signed)
                 test_a_step_is_that_of_torch(k, form, (7, 300)); test_any_bytes_decode_as_they_are_defined_to(k, form, True); test_any_bytes_decode_as_they_are_defined_to(k, form, False)
+        for form in FORMS:
+            with pytest.MonkeyPatch.context() as patch: test_threads_change_nothing(form, patch)
     finally: native.load = old
 
 MUTANTS = [(codes_are_right, "state_codes", old, new) for old,new in (("A, top = 1/(.9*D)", "A, top = 1/D"), ("(6 if signed else 7)", "6"), ("A[0] = 1/9/.275e-6", "A[0] = 1/9/.55e-6"), ("+ 8/9)", "+ 7/9)"), (".clamp_max(2 - 2**-23)", ""), ("q[i] + q[i-1]", "2*q[i]"), ("p.clamp_max(127)", "p"), ("torch.where(v > 0, p - 1, 0)", "p - 1"), ("clamp_min(2**-23 if signed else 1.2e-7)", "clamp_min(0.)"), ("torch.where(p > 0, v, 0*s)", "v"), ("s.isfinite() & (s >= _TINY)", "s >= _TINY"),
