@@ -55,15 +55,21 @@ def _pack(team, optimizer, stream, hooks, counts, made):
     return dict(model=_weights(team.inner), optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
-# %% ../../../nbs/engine/fit.ipynb #aa7bf1f0
+# %% ../../../nbs/engine/fit.ipynb #928d264c
 def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
 
-def _check_weights(was, now):
+def _finite(t): return bool(_local(t).isfinite().all())
+
+def _free(model):
+    "Buffers that need not be finite: those that are not now, as a mask of -inf."
+    return {n for n,b in model.named_buffers(remove_duplicate=False) if not _finite(b)}
+
+def _check_weights(was, now, free):
     "Refuse weights that are not this model's."
     what = lambda t: "missing" if t is None else f"{tuple(t.shape)} {str(t.dtype)[6:]}"
     for k in was | now:
         if what(a := was.get(k)) != what(b := now.get(k)): raise ValueError(f"the saved run has {k} {what(a)} and this model has it {what(b)}; use another run folder")
-        if not _local(a).isfinite().all(): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+        if k not in free and not _finite(a): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
 
 def _check_state(tensors, optimizer):
     "Refuse optimizer state that is not of these parameters: fused kernels trust the shapes they are given."
@@ -72,11 +78,11 @@ def _check_state(tensors, optimizer):
         i, _, k = name.partition(".")
         if not (i.isdecimal() and int(i) < len(params)): raise ValueError(f"the saved run's optimizer state names parameter {i!r} of {len(params)}; use another run folder")
         if optimizer.defaults.get("fused") and t.numel() != 1 and t.shape != params[int(i)].shape: raise ValueError(f"the saved run's {k} of parameter {i} has the shape {tuple(t.shape)} for a parameter of {tuple(params[int(i)].shape)}; use another run folder")
-        if not _local(t).isfinite().all(): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+        if not _finite(t): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
 
 def _check(tensors, s, model, optimizer, hooks, made):
     "Refuse a saved run that is not this one, before anything changes."
-    _check_weights(tensors["model"], _weights(model)); _check_state({k: v for k,v in tensors["optimizer"].items() if k != "rng"}, optimizer)
+    _check_weights(tensors["model"], _weights(model), _free(model)); _check_state({k: v for k,v in tensors["optimizer"].items() if k != "rng"}, optimizer)
     if not (isinstance(s["counts"], dict) and all(type(s["counts"].get(k)) is int and s["counts"][k] >= 0 for k in ("step", "skipped", "row"))): raise ValueError(f"the saved run's counts are whole numbers of at least 0: step, skipped, row (got {s['counts']})")
     old, new = s["made"], made
     if len(old) != len(new): raise ValueError(f"the run was saved with {len(old)} parameter groups (got {len(new)}); pass the same optimizer or use another run folder")
@@ -149,15 +155,23 @@ def _gradient(team, tokens, accumulate, a, losses=losses):
         ((w*part).sum()/len(tokens)).backward()
     return torch.cat(ℓ)
 
+# %% ../../../nbs/engine/fit.ipynb #92ad81a6
+def _buffers(model): return {n: b.clone() for n,b in model.named_buffers()}
+
+@torch.no_grad()
+def _put_back(model, was):
+    for n,b in model.named_buffers():
+        if n in was and b.shape == was[n].shape and not torch.equal(b, was[n]): b.copy_(was[n])
+
 # %% ../../../nbs/engine/fit.ipynb #693e6fb7
 def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #37f2a4da
+# %% ../../../nbs/engine/fit.ipynb #48b96612
 def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
-    tokens, δ = next(stream); p = stream.weights
+    (tokens, δ), p, buffers = next(stream), stream.weights, _buffers(team.inner)
     own = next((partial(h.losses, step) for h in hooks if hasattr(h, "losses")), losses)
     early = accumulate == 1 and not team.group and any(getattr(h, "losses_first", False) for h in hooks)     # a hook's weights come from these losses
     whole = own(team.whole, tokens.to(team.device)) if early else None
@@ -170,6 +184,7 @@ def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, team.whole)
     norm = team.gather(_whole(nn.utils.clip_grad_norm_(params, clip)).double().view(1)).max().item()     # NaN if it is anywhere: all decide alike
     if good := good and math.isfinite(norm): optimizer.step()
+    else: _put_back(team.inner, buffers)
     optimizer.zero_grad()
     return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
 
@@ -182,11 +197,13 @@ def _scaled(optimizer, η):
     finally:
         for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
 
-# %% ../../../nbs/engine/fit.ipynb #c5a68c55
-def _check_finite(team, step, record):
+# %% ../../../nbs/engine/fit.ipynb #886f384d
+def _check_finite(team, step, record, free):
     "Refuse to commit weights that are not finite, here or anywhere."
-    odd = [n for n,p in _weights(team.inner).items() if not _local(p).isfinite().all()]
-    if not team.all(not odd): raise FloatingPointError(f"{odd[0] if odd else 'another process'} holds numbers that are not finite after step {step}, from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})")
+    odd, written = [n for n,p in _weights(team.inner).items() if n not in free and not _finite(p)], dict(team.inner.named_buffers())
+    if team.all(not odd): return
+    why = "written by the model in a step of finite loss: nothing is committed; look at how it writes it" if odd and odd[0] in written else f"from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})"
+    raise FloatingPointError(f"{odd[0] if odd else 'another process'} holds numbers that are not finite after step {step}, {why}")
 
 # %% ../../../nbs/engine/fit.ipynb #c05bd1fd
 def _commit(team, *args):
@@ -227,7 +244,7 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts
 
-# %% ../../../nbs/engine/fit.ipynb #0891bebb
+# %% ../../../nbs/engine/fit.ipynb #9c6219a5
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
     stream, # a `MixedStream`, the same on all processes
@@ -245,7 +262,7 @@ def fit(
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
-    run, records, team, made = Path(run), [], Team(model), _made(optimizer)
+    run, records, team, made = Path(run), [], Team(model), _made(optimizer); free = _free(team.inner)
     counts = _begin(run, team, stream, optimizer, hooks, made, steps)
     run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
     with _log(run/"log.jsonl", counts["step"], team) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None) as bar, _saver(run/"commits", team, hooks, background) as save:
@@ -258,5 +275,5 @@ def fit(
             _call(hooks, "on_step", step, record); _call(hooks if team.rank == 0 else (), "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, or that a hook refused, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
-                _check_finite(team, step, record); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
+                _check_finite(team, step, record, free); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
     return records
