@@ -302,6 +302,42 @@ def test_an_interrupted_step_leaves_the_rates(tmp_path):
     assert o.param_groups[0]["lr"] == 3e-3
     assert fit(m, s, o, cosine(20, 10), [object()], steps=4, run=tmp_path)[0]["step"] == 2
 
+class Parts(torch.nn.Module):
+    "A buffer, and a part of it registered before the whole."
+    def __init__(self):
+        super().__init__(); self.embed, self.head = torch.nn.Embedding(64, 16), torch.nn.Linear(16, 64)
+        count = torch.zeros(10); self.register_buffer("first", count[:2]); self.register_buffer("count", count); self.register_buffer("same", count)
+    def forward(self, x): self.count += 1; return self.head(self.embed(x))
+
+def test_a_buffer_that_shares_memory_with_another_is_kept_whole(tmp_path):
+    for steps in (4, 6): m = Parts(); fit(m, make()[1], adamw(m), cosine(9), steps=steps, run=tmp_path)
+    assert m.count.tolist() == [6.]*10 and sorted(k for k in commits.latest(tmp_path/"commits")[0]["model"] if "." not in k) == ["count", "first"]
+
+@pytest.mark.parametrize("damage", ["lost", "torn", "blank", "repeated"])
+def test_the_log_after_a_crash_holds_whole_lines_each_step_once(tmp_path, damage):
+    fit(*make(), cosine(12), steps=6, run=tmp_path); path = tmp_path/"log.jsonl"; raw = path.read_bytes(); lines = raw.splitlines(keepends=True)
+    path.write_bytes(dict(lost=b"", torn=raw[:len(raw)*2//3], blank=b"\n\n\n" + raw, repeated=lines[0]*3 + b"[3]\n" + raw)[damage])
+    fit(*make(), cosine(12), steps=9, run=tmp_path)
+    fit(*make(), cosine(12), steps=12, run=tmp_path)
+    steps = [r["step"] for r in log(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-6:] == list(range(6, 12)) and (damage in ("lost", "torn") or len(steps) == 12)
+
+def test_the_log_is_on_disk_before_a_commit_is(tmp_path, monkeypatch):
+    done, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd)))
+    fit(*make(), cosine(9), steps=2, run=tmp_path)
+    assert "log.jsonl" in done and done.index("log.jsonl") < done.index("model.safetensors")
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path):
+    class Again:
+        says = None
+        def on_step(self, step, record):
+            try: fit(*make(), cosine(9), steps=9, run=tmp_path)
+            except ValueError as e: self.says = str(e)
+    records = fit(*make(), cosine(9), [hook := Again()], steps=3, run=tmp_path)
+    assert "is being trained already; wait for it or use another folder" in hook.says
+    assert len(records) == len(log(tmp_path)) == 3 and len(fit(*make(), cosine(9), [object()], steps=4, run=tmp_path)) == 1
+
 # Resumes that must not be
 
 OTHERS = {"a wider model": (dict(dim=32), "model has it"), "a deeper model": (dict(layers=3), r"blocks.2.* missing"), "a shallower model": (dict(layers=1), "model has it missing"), "a head": (dict(tied=False), r"head.weight missing"),

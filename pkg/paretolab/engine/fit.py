@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #0494b5d8
-import copy, hashlib, json, math, os, time, warnings
+# %% ../../../nbs/engine/fit.ipynb #8b3d271a
+import copy, fcntl, hashlib, json, math, os, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 import torch
@@ -34,25 +34,28 @@ def _by_domain(ℓ, δ, domains):
     total = torch.zeros(2, len(domains)).index_add_(1, δ, torch.stack([ℓ, torch.ones_like(ℓ)]))
     return {d: (s/n).item() for d,s,n in zip(domains, *total) if n}
 
-# %% ../../../nbs/engine/fit.ipynb #4a99ada3
+# %% ../../../nbs/engine/fit.ipynb #a756df3b
 def _local(t): return t.to_local() if hasattr(t, "to_local") else t          # of a sharded tensor, what lies here
 def _whole(t): return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 def _weights(model):
     "The model's state, each tensor once."
-    return {k: v for k,v in {_local(v).data_ptr() or k: (k, v) for k,v in reversed(model.state_dict().items())}.values()}
+    where = lambda k, t: (t.data_ptr(), t.shape, t.stride()) if t.numel() else k
+    return {k: v for k,v in {where(k, _local(v)): (k, v) for k,v in reversed(model.state_dict().items())}.values()}
+
+def _apart(t): return t if hasattr(t, "to_local") or t.untyped_storage().nbytes() == t.nbytes else t.clone()      # part of another: files hold each for itself
 
 # %% ../../../nbs/engine/fit.ipynb #0d451f92
 def _build(): return dict(torch=torch.__version__, threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
-# %% ../../../nbs/engine/fit.ipynb #0d5fe139
+# %% ../../../nbs/engine/fit.ipynb #179fc2e8
 def _pack(team, optimizer, stream, hooks, counts, made):
     "Tensors and plain state of a run; `made` are the optimizer's groups as it was made."
     o, rng = optimizer.state_dict(), torch.get_rng_state()
     moments = {f"{i}.{k}": v for i,s in o["state"].items() for k,v in s.items() if torch.is_tensor(v)}
     plain = {i: {k: v for k,v in s.items() if not torch.is_tensor(v)} for i,s in o["state"].items()}
     if odd := [(k, v) for s in plain.values() for k,v in s.items() if not isinstance(v, int | float | str | bool | None)]: raise ValueError(f"an optimizer's state is tensors, numbers and text (got {odd[0][0]}, a {type(odd[0][1]).__name__}); fit cannot keep it")
-    return dict(model=_weights(team.inner), optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
+    return dict(model={k: _apart(v) for k,v in _weights(team.inner).items()}, optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
 # %% ../../../nbs/engine/fit.ipynb #928d264c
@@ -131,14 +134,25 @@ def _unpack(saved, team, optimizer, stream, hooks, made):
         if v is not None: h.load_state_dict(v)
     return s["counts"]
 
-# %% ../../../nbs/engine/fit.ipynb #97437229
+# %% ../../../nbs/engine/fit.ipynb #65312ab2
+def _lines(path, step):
+    "The log's whole lines of steps before `step`, each step once."
+    kept = {}
+    for l in path.read_bytes().split(b"\n") if path.exists() else ():
+        try: s = json.loads(l)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError): continue
+        if type(s) is int and s < step: kept[s] = l + b"\n"
+    return b"".join(kept[s] for s in sorted(kept))
+
 def _log(path, step, team):
     "The log, open for appending after the line of `step` - 1; the first process writes it."
     if team.rank: return open(os.devnull, "w")
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    (tmp := path.with_suffix(".tmp")).write_bytes(b"".join(l + b"\n" for l in lines[:step]))
+    with open(tmp := path.with_suffix(".tmp"), "wb") as f: f.write(_lines(path, step)); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
     return open(path, "a")
+
+def _sync(log, team):
+    if not team.rank: os.fsync(log.fileno())
 
 def _line(record):
     "A record as JSON, which has no word for numbers that are not finite: null."
@@ -233,6 +247,19 @@ def _saver(folder, team, hooks, background):
         yield save
         finish()
 
+# %% ../../../nbs/engine/fit.ipynb #9c9f7c2b
+@contextmanager
+def _alone(run, team):
+    "Hold the run's folder: one training at a time."
+    def lock():
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise ValueError(f"the run in {run} is being trained already; wait for it or use another folder") from None
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run/".fit", "w") as f:
+        together(team, lambda: None if team.rank else lock())
+        try: yield
+        finally: fcntl.flock(f, fcntl.LOCK_UN)                              # a forked process may hold the file longer
+
 # %% ../../../nbs/engine/fit.ipynb #3e76edce
 def _begin(run, team, stream, optimizer, hooks, made, steps):
     "Refuse what cannot go on, or load what was left; the counts."
@@ -244,7 +271,7 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts
 
-# %% ../../../nbs/engine/fit.ipynb #9c6219a5
+# %% ../../../nbs/engine/fit.ipynb #0df19254
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
     stream, # a `MixedStream`, the same on all processes
@@ -263,9 +290,12 @@ def fit(
     "Train, commit, and resume what an earlier call with the same folder left."
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
     run, records, team, made = Path(run), [], Team(model), _made(optimizer); free = _free(team.inner)
-    counts = _begin(run, team, stream, optimizer, hooks, made, steps)
-    run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
-    with _log(run/"log.jsonl", counts["step"], team) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None) as bar, _saver(run/"commits", team, hooks, background) as save:
+    with ExitStack() as stack:
+        stack.enter_context(_alone(run, team))
+        counts = _begin(run, team, stream, optimizer, hooks, made, steps); model.train(); t0 = time.perf_counter()
+        log = stack.enter_context(_log(run/"log.jsonl", counts["step"], team))
+        bar = stack.enter_context(tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None))
+        save = stack.enter_context(_saver(run/"commits", team, hooks, background))
         for step in range(counts["step"], steps):
             if not 0 <= (η := schedule(step)) < math.inf: raise ValueError(f"a schedule gives a finite multiplier of at least 0 (got {η} at step {step})")
             with _scaled(optimizer, η): record, good = _step(step, team, stream, optimizer, hooks, accumulate, clip)
@@ -275,5 +305,5 @@ def fit(
             _call(hooks, "on_step", step, record); _call(hooks if team.rank == 0 else (), "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, or that a hook refused, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
-                _check_finite(team, step, record, free); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
+                _check_finite(team, step, record, free); _sync(log, team); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
     return records
