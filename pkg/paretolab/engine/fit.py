@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #8b3d271a
-import copy, fcntl, hashlib, json, math, os, time, warnings
+# %% ../../../nbs/engine/fit.ipynb #deb3f2f5
+import copy, hashlib, json, math, os, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -134,7 +134,7 @@ def _unpack(saved, team, optimizer, stream, hooks, made):
         if v is not None: h.load_state_dict(v)
     return s["counts"]
 
-# %% ../../../nbs/engine/fit.ipynb #65312ab2
+# %% ../../../nbs/engine/fit.ipynb #d481d840
 def _lines(path, step):
     "The log's whole lines of steps before `step`, each step once."
     kept = {}
@@ -150,9 +150,6 @@ def _log(path, step, team):
     with open(tmp := path.with_suffix(".tmp"), "wb") as f: f.write(_lines(path, step)); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
     return open(path, "a")
-
-def _sync(log, team):
-    if not team.rank: os.fsync(log.fileno())
 
 def _line(record):
     "A record as JSON, which has no word for numbers that are not finite: null."
@@ -247,19 +244,6 @@ def _saver(folder, team, hooks, background):
         yield save
         finish()
 
-# %% ../../../nbs/engine/fit.ipynb #9c9f7c2b
-@contextmanager
-def _alone(run, team):
-    "Hold the run's folder: one training at a time."
-    def lock():
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"the run in {run} is being trained already; wait for it or use another folder") from None
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run/".fit", "w") as f:
-        together(team, lambda: None if team.rank else lock())
-        try: yield
-        finally: fcntl.flock(f, fcntl.LOCK_UN)                              # a forked process may hold the file longer
-
 # %% ../../../nbs/engine/fit.ipynb #3e76edce
 def _begin(run, team, stream, optimizer, hooks, made, steps):
     "Refuse what cannot go on, or load what was left; the counts."
@@ -271,7 +255,7 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts
 
-# %% ../../../nbs/engine/fit.ipynb #0df19254
+# %% ../../../nbs/engine/fit.ipynb #06dcdbce
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
     stream, # a `MixedStream`, the same on all processes
@@ -291,7 +275,7 @@ def fit(
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
     run, records, team, made = Path(run), [], Team(model), _made(optimizer); free = _free(team.inner)
     with ExitStack() as stack:
-        stack.enter_context(_alone(run, team))
+        together(team, lambda: None if team.rank else stack.enter_context(commits._held(run/".fit", f"the run in {run} is being trained already; wait for it or use another folder")))
         counts = _begin(run, team, stream, optimizer, hooks, made, steps); model.train(); t0 = time.perf_counter()
         log = stack.enter_context(_log(run/"log.jsonl", counts["step"], team))
         bar = stack.enter_context(tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None))
@@ -305,5 +289,7 @@ def fit(
             _call(hooks, "on_step", step, record); _call(hooks if team.rank == 0 else (), "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, or that a hook refused, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
-                _check_finite(team, step, record, free); _sync(log, team); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
+                _check_finite(team, step, record, free)
+                if team.rank == 0: os.fsync(log.fileno())
+                save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
     return records
