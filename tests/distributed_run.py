@@ -9,7 +9,7 @@ import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.t
 from torch.nn.parallel import DistributedDataParallel as DDP
 from paretolab.data.stream import MixedStream
 from paretolab.engine import commits, pieces
-from paretolab.engine.distributed import Team, shard
+from paretolab.engine.distributed import Team, shard, together
 from paretolab.engine.fit import fit
 from paretolab.engine.schedules import cosine
 from paretolab.models.mobilellm import MobileLLM, Shape
@@ -290,6 +290,35 @@ def disk():
             if left != ["step-00000002"]: break
         m, o, _ = train(run)
         return dict(says=says, left=left, digest=digest(m))
+    return ok(2, f)
+
+class Empty(Exception):
+    "An error that is false: it holds a list of problems, here none."
+    def __len__(self): return 0
+
+def told():
+    "An error of one process alone, of kinds that are not made from one text, or are false: what each process hears, and that they go on together."
+    def undecodable(): b"\xff".decode()
+    def empty(): raise Empty("something")
+    def key(): raise KeyError("w")
+    def f(rank):
+        out, team = {}, Team(make()[0])
+        for name,g in dict(undecodable=undecodable, empty=empty, key=key).items():
+            try: out[name] = together(team, g if rank else lambda: None)
+            except Exception as e: out[name] = f"{type(e).__name__}: {e}"
+            out[name] = [out[name], together(team, lambda: rank)]
+        return out
+    return ok(2, f, timeout=10)
+
+def repeated():
+    "Threads and open files after each of several calls of fit on one run."
+    run = folder()
+    def f(rank):
+        m, s, o = make(); seen = []
+        for steps in range(1, 6):
+            fit(m, s, o, cosine(STEPS, 3), steps=steps, run=run)
+            seen.append([len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")])
+        s.close(); return seen
     return ok(2, f)
 
 def stuck():

@@ -65,6 +65,17 @@ def test_parquet_without_text_and_with_other_types(tmp_path):
     parquet(tmp_path/"a.parquet", text=[1, 2])
     with pytest.raises(ValueError, match=r"has to hold strings \(got 1\)"): corpus.from_files({"a": str(tmp_path/"*")})
 
+@pytest.mark.parametrize("rows, letters", [(400, 10**6), (3, 30_000_000)])
+def test_a_small_parquet_file_that_holds_too_much_is_refused_early(tmp_path, rows, letters):
+    column = pa.array(["a"*letters]*rows).dictionary_encode() if rows > 3 else pa.array(["a"*letters]*rows)
+    pq.write_table(pa.table(dict(text=column)), file := tmp_path/"bomb.parquet", compression="zstd")
+    assert file.stat().st_size < 50_000
+    with pytest.raises(ValueError, match=r"bomb\.parquet of \d+ bytes unpacks to more than 67108864, .*write it as .jsonl"): corpus.from_files({"a": str(file)})
+
+def test_parquet_rows_come_in_order_over_batches(tmp_path):
+    parquet(tmp_path/"a.parquet", text=[f"row {i}" for i in range(1000)])
+    assert corpus.from_files({"a": str(tmp_path/"a.parquet")})["a"]["text"][:] == [f"row {i}" for i in range(1000)]
+
 def test_documents_without_text_are_counted(tmp_path):
     parquet(tmp_path/"a.parquet", text=["one", None, "", "two"])
     (tmp_path/"b.txt").write_text("")

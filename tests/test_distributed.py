@@ -48,7 +48,7 @@ def test_commits_of_any_number_of_processes_load_at_any_other(runs):
 def test_commits_load_at_any_other_number_with_every_kind_of_state(runs, record_property):
     optimizers = ["AdamW", "Lion", "APOLLO", "GaLore", "AdamW8", "SGD"]
     off = check_resharding(runs("reshard", *optimizers), optimizers)
-    record_property("apart", off)
+    record_property("apart", dict(off))
     assert off.pop("AdamW8") < 1e-5 and max(off.values()) < 1e-6                        # a code of 8 bits may fall on the other side
 
 # Kills
@@ -92,6 +92,16 @@ def test_a_disk_that_is_full_for_one_process_is_told_to_all(runs):
     found = runs("disk")
     for r in found: assert "the state after step 4 could not be saved (process 1: File too large)" in r["says"] and r["left"] == ["step-00000002"]
     assert found[0]["digest"] == found[1]["digest"]
+
+def test_an_error_of_any_kind_on_one_process_is_heard_by_all(runs):
+    first, second = runs("told")
+    assert all(after == [0, 1] for found in (first, second) for _,after in found.values())
+    assert {k: v for k,(v,_) in second.items()} == dict(undecodable="UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte", empty="Empty: something", key="KeyError: 'w'")
+    assert first["undecodable"][0] == "RuntimeError: process 1: UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    assert first["empty"][0] == "RuntimeError: process 1: Empty: something" and first["key"][0].startswith("KeyError: ") and "process 1" in first["key"][0]
+
+def test_fit_leaves_no_thread_and_no_file_behind(runs):
+    for seen in runs("repeated"): assert seen[1:] == [seen[0]]*4
 
 @pytest.mark.soak
 def test_dead_and_stopped_processes_end_the_others(runs, record_property):

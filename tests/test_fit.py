@@ -183,6 +183,40 @@ def test_one_bad_number_costs_exactly_one_step(tmp_path, optimizer, where, value
     assert [i for i in range(11) if moments[i] and len(moments[i]) == len(moments[i+1]) and all(torch.equal(a, b) for a,b in zip(moments[i], moments[i+1]))] == [7]
     assert [r["skipped"] for r in records] == [0]*7 + [1]*5 and flat(m).isfinite().all()
 
+class Buffers(torch.nn.Module):
+    "Attention under a mask of -inf in a buffer and a batch norm; NaN in one call, or a buffer that runs away."
+    def __init__(self, bad=None, away=None):
+        super().__init__(); self.bad, self.away, self.calls = bad, away, 0
+        self.embed, self.attend, self.norm, self.head = torch.nn.Embedding(64, 16), torch.nn.MultiheadAttention(16, 2, batch_first=True), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 64)
+        self.register_buffer("mask", torch.full((16, 16), -math.inf).triu(1)); self.register_buffer("sum", torch.zeros(1))
+    def forward(self, x):
+        y = self.embed(x)*(math.nan if self.calls == self.bad else 1)
+        if self.calls == self.away: self.sum += math.inf
+        self.calls += 1
+        y = self.norm((y + self.attend(y, y, y, attn_mask=self.mask, need_weights=False)[0]).transpose(1, 2)).transpose(1, 2)
+        return self.head(y)
+
+def buffered(run, steps, **kw): m = Buffers(**kw); return m, fit(m, make()[1], adamw(m), cosine(12), steps=steps, run=run, every=3)
+
+def test_a_mask_of_minus_infinity_is_committed_and_resumed(tmp_path):
+    buffered(tmp_path, 3); m, records = buffered(tmp_path, 6)
+    assert len(records) == 3 and m.mask.isinf().any()
+
+def test_a_refused_step_leaves_no_trace_in_buffers(tmp_path):
+    seen = []
+    m = Buffers(bad=4)
+    class Watch:
+        def on_step(self, step, record): seen.append({k: v.clone() for k,v in m.named_buffers()})
+    records = fit(m, make()[1], adamw(m), cosine(12), [Watch()], steps=8, run=tmp_path)
+    assert [i for i in range(7) if all(torch.equal(seen[i][k], seen[i + 1][k]) for k in seen[i])] == [3]
+    assert records[-1]["skipped"] == 1 and m.norm.running_var.isfinite().all()
+
+def test_a_buffer_that_was_finite_has_to_stay_so(tmp_path):
+    with pytest.raises(FloatingPointError, match="sum holds numbers that are not finite after step 5, written by the model .* nothing is committed"): buffered(tmp_path, 6, away=4)
+    assert commits.latest(tmp_path/"commits")[1]["counts"]["step"] == 3
+    forge(tmp_path, lambda t, s: t["model"]["sum"].fill_(math.nan))
+    with pytest.raises(ValueError, match="the saved run's sum holds numbers that are not finite"): buffered(tmp_path, 6)
+
 def test_bad_steps_in_a_row_end_the_run_and_single_ones_do_not(tmp_path):
     m, s, o = make()
     records = fit(m, s, o, cosine(30), [Poison(set(range(0, 30, 2)), float("nan"), "gradient")], steps=30, run=tmp_path/"a", patience=2)
@@ -267,6 +301,42 @@ def test_an_interrupted_step_leaves_the_rates(tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(m, s, o, cosine(20, 10), [Stop()], steps=20, run=tmp_path, every=2)
     assert o.param_groups[0]["lr"] == 3e-3
     assert fit(m, s, o, cosine(20, 10), [object()], steps=4, run=tmp_path)[0]["step"] == 2
+
+class Parts(torch.nn.Module):
+    "A buffer, and a part of it registered before the whole."
+    def __init__(self):
+        super().__init__(); self.embed, self.head = torch.nn.Embedding(64, 16), torch.nn.Linear(16, 64)
+        count = torch.zeros(10); self.register_buffer("first", count[:2]); self.register_buffer("count", count); self.register_buffer("same", count)
+    def forward(self, x): self.count += 1; return self.head(self.embed(x))
+
+def test_a_buffer_that_shares_memory_with_another_is_kept_whole(tmp_path):
+    for steps in (4, 6): m = Parts(); fit(m, make()[1], adamw(m), cosine(9), steps=steps, run=tmp_path)
+    assert m.count.tolist() == [6.]*10 and sorted(k for k in commits.latest(tmp_path/"commits")[0]["model"] if "." not in k) == ["count", "first"]
+
+@pytest.mark.parametrize("damage", ["lost", "torn", "blank", "repeated"])
+def test_the_log_after_a_crash_holds_whole_lines_each_step_once(tmp_path, damage):
+    fit(*make(), cosine(12), steps=6, run=tmp_path); path = tmp_path/"log.jsonl"; raw = path.read_bytes(); lines = raw.splitlines(keepends=True)
+    path.write_bytes(dict(lost=b"", torn=raw[:len(raw)*2//3], blank=b"\n\n\n" + raw, repeated=lines[0]*3 + b"[3]\n" + raw)[damage])
+    fit(*make(), cosine(12), steps=9, run=tmp_path)
+    fit(*make(), cosine(12), steps=12, run=tmp_path)
+    steps = [r["step"] for r in log(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-6:] == list(range(6, 12)) and (damage in ("lost", "torn") or len(steps) == 12)
+
+def test_the_log_is_on_disk_before_a_commit_is(tmp_path, monkeypatch):
+    done, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd)))
+    fit(*make(), cosine(9), steps=2, run=tmp_path)
+    assert "log.jsonl" in done and done.index("log.jsonl") < done.index("model.safetensors")
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path):
+    class Again:
+        says = None
+        def on_step(self, step, record):
+            try: fit(*make(), cosine(9), steps=9, run=tmp_path)
+            except ValueError as e: self.says = str(e)
+    records = fit(*make(), cosine(9), [hook := Again()], steps=3, run=tmp_path)
+    assert "is being trained already; wait for it or use another folder" in hook.says
+    assert len(records) == len(log(tmp_path)) == 3 and len(fit(*make(), cosine(9), [object()], steps=4, run=tmp_path)) == 1
 
 # Resumes that must not be
 

@@ -121,6 +121,32 @@ def test_an_interrupt_of_a_stage_arrives_as_one():
         for _,x in staged(endless([]), [Stage(f, 2)]): got.append(x)
     assert got == [0, 1, 2] and e.value.__notes__ == ["in stage 'f', on document 3"]
 
+class Empty(Exception):
+    "An error that is false: it holds a list of problems, here none."
+    def __len__(self): return 0
+
+def broken(error):
+    yield 0, 0
+    raise error
+
+@pytest.mark.parametrize("run", [one_by_one, *PIPELINES], ids=lambda f: f.__name__)
+def test_an_error_that_is_false_is_an_error(run):
+    def f(x):
+        if x == 3: raise Empty("bad")
+        return x
+    got = []
+    with pytest.raises(Empty, match="bad") as e:
+        for _,x in run(((i, i) for i in range(8)), [Stage(f, 2)]): got.append(x)
+    assert got == [0, 1, 2] and e.value.__notes__ == ["in stage 'f', on document 3"]
+
+@pytest.mark.parametrize("error", ["Empty('bad')", "KeyboardInterrupt()"])
+@pytest.mark.parametrize("run", ["staged", "over_spdl"])
+def test_an_error_of_the_source_arrives_and_does_not_hang(run, error):
+    "In a process of its own, which can be ended if it hangs."
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nfrom test_stages import *\ntry: list({run}(broken({error}), [Stage(lambda x: x, 2)]))\nexcept BaseException as e: print(type(e).__name__, e.__notes__, flush=True)\nos._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert done.stdout == error.split("(")[0] + " ['from the source, after document 0']\n", done.stderr
+
 def test_a_process_ends_though_a_stage_never_does():
     code = "import sys, threading\nfrom paretolab.data.stages import *\nr = sys.modules['kept'] = staged(((i, i) for i in range(99)), [Stage(lambda x: x if x < 2 else threading.Event().wait(), 2)])\nprint(next(r)[1], next(r)[1])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

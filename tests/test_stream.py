@@ -145,7 +145,8 @@ def test_a_failed_read_arrives_in_next():
     next(s)
     state = json.dumps(s.state_dict())
     for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone"): next(s)
+        with pytest.raises(OSError, match="the disk is gone") as e: next(s)
+    assert e.value.__notes__[0].startswith("in domain 'a', at tokens ") and "window 6 of epoch 0" in e.value.__notes__[0]
     assert json.dumps(s.state_dict()) == state
     s.close()
 

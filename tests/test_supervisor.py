@@ -30,6 +30,11 @@ def test_what_hangs_is_ended(tmp_path):
     body = "for i in range(8): time.sleep(.3); (run/'log.jsonl').write_text('x'*(i + 1))"
     assert supervise([*script(body), tmp_path], tmp_path, silence=1.5) == []                       # slow is not hung
 
+def test_what_hangs_is_ended_where_there_is_no_proc(tmp_path):
+    code = f"from paretolab.engine import supervisor as S; S._alive = lambda run: []; S.supervise(['sleep', '1000'], {str(tmp_path)!r}, relaunches=0, silence=.5)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert "1 launches in a row brought no new commit, the last no step for 0.5 seconds" in done.stderr
+
 def test_nothing_is_left_behind(tmp_path):
     "Workers live in sessions of their own, as torchrun's do, and outlive who started them."
     body = "import subprocess\nfor _ in range(3): print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid, file=open(run/'pids', 'a'))\nsys.exit(n == 0)"

@@ -90,6 +90,12 @@ def test_a_damaged_journal_is_refused_and_kept(trials, tmp_path):
     with pytest.raises(ValueError, match="is damaged, or none of a sweep, after .* bytes .got b'garbage"): sweep(trials.work, c, j, here)
     assert j.read_bytes() == before
 
+@pytest.mark.parametrize("line", ['{"key": ' + "["*100_000, '{"key": ["a"], "result": 1, "seconds": 0}', '{"key": "a", "seconds": 0}', "3", '{"key": "a", "result": 1}'], ids=["deep", "a list as key", "no result", "a number", "no seconds"])
+def test_a_line_no_sweep_writes_is_refused_by_the_journals_name(trials, tmp_path, line):
+    (j := tmp_path/"journal").write_text(line + "\n")
+    with pytest.raises(ValueError, match="the journal .*journal is damaged, or none of a sweep, after 0 bytes"): sweep(trials.work, [0], j, here)
+    assert j.read_text() == line + "\n"
+
 def test_the_same_numbers_under_another_function_are_other_trials(trials, tmp_path):
     assert [o.get("result") for f in (abs, len) for o in sweep(f, [[1], [2, 3]], tmp_path/"j", here)][2:] == [1, 2]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from datasets import Dataset
 from hypothesis import given, settings, strategies as st
-from paretolab.data import corpus, split, tokens
+from paretolab.data import corpus, split, stream, tokens
 
 SHIPPED = Path(tokens.__file__).parent/"tiny"/"tokenizer.json"
 
@@ -126,6 +126,34 @@ def test_a_build_stays_in_its_folder(tok, tmp_path):
 def test_documents_and_domains_without_tokens_are_refused(tok, tmp_path):
     with pytest.raises(ValueError, match="'a': document 2 gives no tokens"): tokens.build(made(a=["x", "y", ""]), tok, tmp_path)
     with pytest.raises(ValueError, match="'b' has no documents"): tokens.build({"b": Dataset.from_dict(dict(text=[]))}, tok, tmp_path)
+
+class Fails:
+    "A tokenizer that breaks at one document."
+    def __init__(self, tok): self.tok = tok
+    def __getattr__(self, name): return getattr(self.tok, name)
+    def encode_batch_fast(self, texts, **k):
+        if "document 21 of a\n" in texts: raise RuntimeError("the tokenizer broke")
+        return self.tok.encode_batch_fast(texts, **k)
+
+def test_a_failed_build_names_the_domain_and_the_documents(tok, tmp_path):
+    with pytest.raises(RuntimeError, match="the tokenizer broke") as e: tokens.build(TEXT, Fails(tok), tmp_path)
+    assert e.value.__notes__ == ["in stage 'encode', on document \"16 to 31 of domain 'a'\""]
+    with pytest.raises(ValueError, match=r"'a': document 1 is no text \(got None\); leave it out"): tokens.build(made(a=["x", None, "y"]), tok, tmp_path)
+
+@pytest.mark.parametrize("wrong", [dict(dtype="i4,("), dict(dtype=["uint16"]), dict(dtype={"a": 1}), dict(dtype=">u2"), dict(tokens=10.7), dict(tokens="10"), dict(tokens=None), dict(tokens=True)])
+def test_a_record_of_another_kind_is_refused_by_name(tok, tmp_path, wrong):
+    tokens.build(TEXT, tok, tmp_path); file = tmp_path/"a.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(ValueError, match=r"a\.json: a whole number of tokens, of type uint16 or uint32.*build the tokens again"): tokens.Tokens(tmp_path/"a.tokens")
+
+def test_a_stream_goes_on_only_on_the_same_tokens(tok, tmp_path):
+    first, other = (stream.MixedStream({"a": tokens.build(dict(a=t["a"]), tok, tmp_path/n)["a"]}, {"a": 1.}, 2, 8) for n,t in dict(one=TEXT, two=OTHER).items())
+    saved = json.loads(json.dumps(first.state_dict())); before = json.dumps(other.state_dict())
+    assert len(first.tokens["a"]) == len(other.tokens["a"])
+    with pytest.raises(ValueError, match=r"the saved stream has sha256=\['[0-9a-f]{64}'\] but this one has"): other.load_state_dict(saved)
+    assert json.dumps(other.state_dict()) == before
+    first.load_state_dict(saved); first.load_state_dict({k: v for k,v in saved.items() if k != "sha256"})     # one saved before there was a hash
+    first.close(); other.close()
 
 @pytest.mark.parametrize("start, n", [(-1, 2), (0, 10**9), (5, -1), (10**9, 0)])
 def test_a_read_outside_the_file_is_refused(tok, tmp_path, start, n):

@@ -52,10 +52,18 @@ def _row(path, n, line):
     except UnicodeEncodeError: raise ValueError(f"{path} line {n} holds half of a surrogate pair, which is no character; escape it whole or leave it out") from None
     return row["text"]
 
-# %% ../../../nbs/data/corpus.ipynb #464856f4
+# %% ../../../nbs/data/corpus.ipynb #4967a019
 def _parquet(path):
+    "The column `text`, a few rows at a time: a small file may hold any amount of text."
     import pyarrow.parquet as pq, pyarrow as pa
-    try: texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
+    texts, size, n = [], 0, path.stat().st_size; most = max(2**26, 100*n)
+    try:
+        file = pq.ParquetFile(path); groups = [file.metadata.row_group(k).to_dict()["columns"] for k in range(file.num_row_groups)]
+        said = sum(c["total_uncompressed_size"] for g in groups for c in g if c["path_in_schema"] == "text")
+        for rows in file.iter_batches(16, columns=["text"]) if said <= most else ():
+            texts += rows["text"].to_pylist(); size += sum(len(t) for t in texts[-len(rows):] if isinstance(t, str))
+            if size > most: break
+        if max(said, size) > most: raise ValueError(f"{path} of {n} bytes unpacks to more than {most}, so it is hardly text (at most {2**26}, or 100 times the file); write it as .jsonl if it is")
     except (pa.ArrowException, OSError, KeyError) as e: raise ValueError(f"{path} cannot be read as parquet with a column 'text': {e}") from None
     if (odd := next((t for t in texts if not isinstance(t, str | None)), None)) is not None: raise ValueError(f"{path}: the column 'text' has to hold strings (got {odd!r})")
     return texts

@@ -42,7 +42,7 @@ def _run(stage, name, x):
         e.add_note(f"in stage {stage.name!r}, on document {name!r}")
         raise
 
-# %% ../../../nbs/data/stages.ipynb #c80ad3e3
+# %% ../../../nbs/data/stages.ipynb #ea8c9063
 class _Pipeline:
     "The threads of one pass."
     def __init__(self, source, stages, ahead):
@@ -61,24 +61,25 @@ class _Pipeline:
         except StopIteration: self.promises.put(None)
         except BaseException as e:
             e.add_note("from the source, at its first document" if name is None else f"from the source, after document {name!r}")
-            self.promises.put(out := Future()); out.set_exception(e)
+            self.promises.put(out := Future()); out.set_result((None, e))      # a future loses an exception that is false
         if isinstance(it, GeneratorType): it.close()
 
     def work(self, k):
         while (job := self.inbox[k].get()) is not None and not self.stopped.is_set():
             name, x, out = job
             try: x = _run(self.stages[k], name, x)
-            except BaseException as e: out.set_exception(e); continue
+            except BaseException as e: out.set_result((None, e)); continue
             if k + 1 < len(self.stages): self.inbox[k+1].put((name, x, out))
-            else: out.set_result((name, x))
+            else: out.set_result(((name, x), None))
 
-# %% ../../../nbs/data/stages.ipynb #aba9b187
+# %% ../../../nbs/data/stages.ipynb #ce02eb93
 def _results(p):
     "What comes out, in order; at the end no thread is left."
     try:
         for t in (p.feeder, *p.workers): t.start()
         while (out := p.promises.get()) is not None:
-            result = out.result(); p.room.release()
+            result, e = out.result(); p.room.release()
+            if e is not None: raise e
             yield result
     finally:
         p.stopped.set(); p.room.release()
@@ -101,7 +102,7 @@ def _checked(stages, ahead):
     if type(ahead) is not int or ahead < 1: raise ValueError(f"at least one document has to be under way (got {ahead=})")
     return list(stages)
 
-# %% ../../../nbs/data/stages.ipynb #d1b85874
+# %% ../../../nbs/data/stages.ipynb #bb094395
 def over_spdl(
     source:Iterable, # of pairs (name, document)
     stages:list, # of `Stage`
@@ -111,18 +112,19 @@ def over_spdl(
     from spdl.pipeline import PipelineBuilder
     def carried(s): # a stage that hands errors on
         def run(job):
-            try: return job if job[2] else (job[0], _run(s, *job[:2]), None)
+            try: return job if job[2] is not None else (job[0], _run(s, *job[:2]), None)
             except BaseException as e: return job[0], None, e
         return run
     def jobs():
         name = None
         try:
             for name,x in source: yield name, x, None
-        except Exception as e:
+        except GeneratorExit: raise
+        except BaseException as e:
             e.add_note("from the source, at its first document" if name is None else f"from the source, after document {name!r}"); yield name, None, e
     b = PipelineBuilder().add_source(jobs())
     for s in _checked(stages, ahead): b = b.pipe(carried(s), concurrency=s.threads, output_order="input", name=s.name)
     with (p := b.add_sink(ahead).build(num_threads=sum(s.threads for s in stages))).auto_stop():
         for name,x,e in p.get_iterator():
-            if e: raise e
+            if e is not None: raise e
             yield name, x

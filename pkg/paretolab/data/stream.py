@@ -104,7 +104,7 @@ def _epoch(self:MixedStream, i, epoch):
     shift = key % min(L, n - L)                              # epochs cut the text at different places
     return key, shift, (n - 1 - shift)//L
 
-# %% ../../../nbs/data/stream.ipynb #67e405e2
+# %% ../../../nbs/data/stream.ipynb #2f2fc1fa
 @patch
 def _batch(self:MixedStream, s):
     "The batch after state `s`, and the state after that."
@@ -113,19 +113,20 @@ def _batch(self:MixedStream, s):
     for b in range(self.batch):
         domain[b] = i = deal(c, w)
         key, shift, N = self._epoch(i, epoch[i])
-        rows[b] = self.tokens[self.domains[i]].read(shift + self.length*shuffled(at[i], N, key), self.length + 1)
+        try: rows[b] = self.tokens[self.domains[i]].read(start := shift + self.length*shuffled(at[i], N, key), self.length + 1)
+        except Exception as e: e.add_note(f"in domain {self.domains[i]!r}, at tokens {start} to {start + self.length + 1}, window {at[i]} of epoch {epoch[i]}"); raise
         epoch[i], at[i] = (epoch[i] + 1, 0) if at[i] + 1 == N else (epoch[i], at[i] + 1)
     after = dict(step=s["step"] + 1, weights=s["weights"], carry=c.tolist(), epoch=epoch, at=at)
     return (torch.from_numpy(rows), torch.from_numpy(domain)), after
 
-# %% ../../../nbs/data/stream.ipynb #c3c4cab9
+# %% ../../../nbs/data/stream.ipynb #4c0982cb
 @patch
-def state_dict(self:MixedStream): return {**self.state, "seed": self.seed, "domains": self.domains, "batch": self.batch, "length": self.length, "tokens": [len(t) for t in self.tokens.values()]}
+def state_dict(self:MixedStream): return {**self.state, "seed": self.seed, "domains": self.domains, "batch": self.batch, "length": self.length, "tokens": [len(t) for t in self.tokens.values()], "sha256": [getattr(t, "sha256", None) for t in self.tokens.values()]}
 
 @patch
 def load_state_dict(self:MixedStream, s):
     for k,v in self.state_dict().items():
-        if k not in self.state and s.get(k) != v: raise ValueError(f"the saved stream has {k}={s.get(k)!r} but this one has {v!r}; a run goes on only on the same stream")
+        if k not in self.state and s.get(k) != v and not (k == "sha256" and k not in s): raise ValueError(f"the saved stream has {k}={s.get(k)!r} but this one has {v!r}; a run goes on only on the same stream")
     D, whole = len(self.domains), lambda k: isinstance(s.get(k), list) and len(s[k]) == D and all(type(x) is int for x in s[k])
     if bad := [k for k in ("weights", "carry", "epoch", "at") if not whole(k)]: raise ValueError(f"the saved stream's {bad[0]} is not a list of {D} whole numbers, one a domain (got {s.get(bad[0])!r})")
     if type(s.get("step")) is not int or s["step"] < 0: raise ValueError(f"the saved stream's step is a whole number of at least 0 (got {s.get('step')!r})")

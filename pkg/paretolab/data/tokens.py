@@ -79,11 +79,11 @@ def _opens(path):
     try: return bool(Tokens(path))
     except ValueError: return False
 
-# %% ../../../nbs/data/tokens.ipynb #6ab3dea8
-def _groups(ds, start, chunk, size=16):
+# %% ../../../nbs/data/tokens.ipynb #ad6da9da
+def _groups(domain, ds, start, chunk, size=16):
     "Small groups of documents, none across the end of a chunk: name and (first, texts)."
     for i in range(start, len(ds), chunk):
-        for j in range(i, end := min(i + chunk, len(ds)), size): yield f"documents {j} to {min(j + size, end) - 1}", (j, ds[j:min(j + size, end)]["text"])
+        for j in range(i, end := min(i + chunk, len(ds)), size): yield f"{j} to {min(j + size, end) - 1} of domain {domain!r}", (j, ds[j:min(j + size, end)]["text"])
 
 def _stages(domain, tok, dtype):
     "A group's tokens as bytes: encoded on all cores, and packed."
@@ -93,11 +93,12 @@ def _stages(domain, tok, dtype):
         return group[0] + len(group[1]), b"".join(np.array(e.ids + [0], dtype).tobytes() for e in group[1])
     return [Stage(encode, os.cpu_count() or 1), Stage(pack)]
 
-# %% ../../../nbs/data/tokens.ipynb #64fcdd0e
+# %% ../../../nbs/data/tokens.ipynb #b3cd3451
 def _build_domain(domain, ds, tok, folder, chunk):
     "Write or finish one domain's token file; the number of tokens."
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
     part, done, final = (folder/f"{domain}{s}" for s in (".part", ".progress.json", ".json"))
+    if (odd := next(((i, t) for i,t in enumerate(ds["text"]) if not isinstance(t, str)), None)): raise ValueError(f"domain {domain!r}: document {odd[0]} is no text (got {odd[1]!r}); leave it out")
     identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
     if (r := _record(final, identity)) and _opens(whole := folder/f"{domain}.tokens") and _hash(whole) == r.get("sha256"): return done.unlink(missing_ok=True)
     at = _record(done, identity)
@@ -105,7 +106,7 @@ def _build_domain(domain, ds, tok, folder, chunk):
     if not at["documents"]: part.unlink(missing_ok=True)        # a link that stood there is not followed
     with open(part, "r+b" if at["documents"] else "xb") as f:
         f.truncate(at["bytes"]); f.seek(at["bytes"])
-        for _,(n, raw) in staged(_groups(ds, at["documents"], chunk), _stages(domain, tok, dtype)):
+        for _,(n, raw) in staged(_groups(domain, ds, at["documents"], chunk), _stages(domain, tok, dtype)):
             f.write(raw)
             if n == len(ds) or (n - at["documents"]) % chunk == 0:
                 f.flush(); os.fsync(f.fileno())
@@ -129,16 +130,17 @@ def build(
     for domain,ds in corpus.items(): _build_domain(domain, ds, tok, folder, chunk)
     return {d: Tokens(folder/f"{d}.tokens") for d in corpus}
 
-# %% ../../../nbs/data/tokens.ipynb #d446a07c
+# %% ../../../nbs/data/tokens.ipynb #fe1eec47
 class Tokens:
     "The tokens of one domain, on disk."
     def __init__(self,
         path:str|Path, # a `.tokens` file written by `build`
     ):
         self.path, record = Path(path), Path(path).with_suffix(".json")
-        try: r = json.loads(record.read_text()); self.dtype, self.n = np.dtype(r["dtype"]), int(r["tokens"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as e: raise ValueError(f"{record} has to say what {self.path.name} holds ({type(e).__name__}: {e}); build the tokens again") from None
-        if self.dtype not in (np.uint16, np.uint32): raise ValueError(f"{record}: tokens are uint16 or uint32 (got {self.dtype}); build the tokens again")
+        try: r = json.loads(record.read_text()); kind, self.n, self.sha256 = r["dtype"], r["tokens"], r.get("sha256")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{record} has to say what {self.path.name} holds ({type(e).__name__}: {e}); build the tokens again") from None
+        if kind not in ("uint16", "uint32") or type(self.n) is not int: raise ValueError(f"{record}: a whole number of tokens, of type uint16 or uint32, was expected (got tokens={self.n!r:.40}, dtype={kind!r:.40}); build the tokens again")
+        self.dtype = np.dtype(kind)
         try: self.fd = os.open(self.path, os.O_RDONLY)
         except OSError as e: raise ValueError(f"{self.path} cannot be read: {e.strerror}; build the tokens again") from None
         weakref.finalize(self, os.close, self.fd)

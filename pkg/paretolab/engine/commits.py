@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['commit', 'commits', 'read', 'latest']
 
-# %% ../../../nbs/engine/commits.ipynb #d791e911
-import errno, hashlib, json, os, re, shutil, warnings
+# %% ../../../nbs/engine/commits.ipynb #afefdc19
+import errno, fcntl, hashlib, json, os, re, shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from safetensors import safe_open, SafetensorError
@@ -21,6 +21,17 @@ def _sync(path):
 # %% ../../../nbs/engine/commits.ipynb #45df7ffc
 def _hash(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+# %% ../../../nbs/engine/commits.ipynb #b20cea95
+@contextmanager
+def _held(file, says):
+    "Hold a lock, one process at a time: a run has one writer."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise ValueError(says) from None
+        try: yield
+        finally: fcntl.flock(f, fcntl.LOCK_UN)                               # a forked process may have the file open longer
 
 # %% ../../../nbs/engine/commits.ipynb #464cb5f7
 @contextmanager

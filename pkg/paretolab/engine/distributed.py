@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['start', 'shard', 'Team', 'together']
 
-# %% ../../../nbs/engine/distributed.ipynb #8f3db2a7
-import builtins, os
+# %% ../../../nbs/engine/distributed.ipynb #aa5bf7dc
+import builtins, functools, os
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ def _wrapped(model):
     from torch.distributed.fsdp import FSDPModule
     return isinstance(model, DDP | FSDPModule)
 
-# %% ../../../nbs/engine/distributed.ipynb #60660391
+# %% ../../../nbs/engine/distributed.ipynb #5c00d192
 class Team:
     "The processes that train one model together; without others, this one."
     def __init__(self,
@@ -54,7 +54,7 @@ class Team:
         if self.world > 1 and not _wrapped(model): raise ValueError(f"{self.world} processes train one model: pass it through distributed.shard, or wrap it in DistributedDataParallel (got {type(model).__name__})")
         self.whole, self.inner = model, model.module if isinstance(model, DDP) else model
         self.device = next(model.parameters(), torch.zeros(0)).device
-        self.group = dist.new_group(backend="gloo", timeout=_timeout()) if dist.is_initialized() else None
+        self.group = _group(dist.group.WORLD) if dist.is_initialized() else None
 
     def share(self, x:Tensor)->Tensor: # (B, ...) -> (B/K, ...)
         "This process's rows."
@@ -72,10 +72,19 @@ class Team:
         if isinstance(self.whole, DDP): self.whole.require_backward_grad_sync = yes
         elif self.world > 1: self.whole.set_requires_gradient_sync(yes)
 
-# %% ../../../nbs/engine/distributed.ipynb #a0cbb702
+# %% ../../../nbs/engine/distributed.ipynb #1435d9fe
 def _timeout(): return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout # that of the run, as `start` set it
 
-# %% ../../../nbs/engine/distributed.ipynb #8f06c5b8
+@functools.lru_cache(1)
+def _group(world): return dist.new_group(backend="gloo", timeout=_timeout()) # one for all teams of these processes: each costs threads and open files
+
+# %% ../../../nbs/engine/distributed.ipynb #f09b734f
+def _again(where, kind, text):
+    "An error of another process: of its class, if that is one of Python's made from one text."
+    try: return getattr(builtins, kind)(where + text)
+    except (AttributeError, TypeError): return RuntimeError(f"{where}{kind}: {text}")
+
+# %% ../../../nbs/engine/distributed.ipynb #4d73b6f6
 def together(
     team:Team,
     f, # function of `args`
@@ -85,11 +94,11 @@ def together(
     try: out, error = f(*args), None
     except Exception as e: out, error = None, e
     if team.world == 1:
-        if error: raise error
+        if error is not None: raise error
         return [out]
     said = [None]*team.world
-    dist.all_gather_object(said, (out, error and (type(error).__name__, str(error))), group=team.group)
-    if error: raise error
+    dist.all_gather_object(said, (out, None if error is None else (type(error).__name__, str(error))), group=team.group)
+    if error is not None: raise error
     for rank,(_,other) in enumerate(said):
-        if other: raise getattr(builtins, other[0], RuntimeError)(f"process {rank}: {other[1]}")
+        if other: raise _again(f"process {rank}: ", *other)
     return [out for out,_ in said]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #0494b5d8
+# %% ../../../nbs/engine/fit.ipynb #deb3f2f5
 import copy, hashlib, json, math, os, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 import torch
@@ -34,36 +34,45 @@ def _by_domain(ℓ, δ, domains):
     total = torch.zeros(2, len(domains)).index_add_(1, δ, torch.stack([ℓ, torch.ones_like(ℓ)]))
     return {d: (s/n).item() for d,s,n in zip(domains, *total) if n}
 
-# %% ../../../nbs/engine/fit.ipynb #4a99ada3
+# %% ../../../nbs/engine/fit.ipynb #a756df3b
 def _local(t): return t.to_local() if hasattr(t, "to_local") else t          # of a sharded tensor, what lies here
 def _whole(t): return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 def _weights(model):
     "The model's state, each tensor once."
-    return {k: v for k,v in {_local(v).data_ptr() or k: (k, v) for k,v in reversed(model.state_dict().items())}.values()}
+    where = lambda k, t: (t.data_ptr(), t.shape, t.stride()) if t.numel() else k
+    return {k: v for k,v in {where(k, _local(v)): (k, v) for k,v in reversed(model.state_dict().items())}.values()}
+
+def _apart(t): return t if hasattr(t, "to_local") or t.untyped_storage().nbytes() == t.nbytes else t.clone()      # part of another: files hold each for itself
 
 # %% ../../../nbs/engine/fit.ipynb #0d451f92
 def _build(): return dict(torch=torch.__version__, threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
-# %% ../../../nbs/engine/fit.ipynb #0d5fe139
+# %% ../../../nbs/engine/fit.ipynb #179fc2e8
 def _pack(team, optimizer, stream, hooks, counts, made):
     "Tensors and plain state of a run; `made` are the optimizer's groups as it was made."
     o, rng = optimizer.state_dict(), torch.get_rng_state()
     moments = {f"{i}.{k}": v for i,s in o["state"].items() for k,v in s.items() if torch.is_tensor(v)}
     plain = {i: {k: v for k,v in s.items() if not torch.is_tensor(v)} for i,s in o["state"].items()}
     if odd := [(k, v) for s in plain.values() for k,v in s.items() if not isinstance(v, int | float | str | bool | None)]: raise ValueError(f"an optimizer's state is tensors, numbers and text (got {odd[0][0]}, a {type(odd[0][1]).__name__}); fit cannot keep it")
-    return dict(model=_weights(team.inner), optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
+    return dict(model={k: _apart(v) for k,v in _weights(team.inner).items()}, optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
-# %% ../../../nbs/engine/fit.ipynb #aa7bf1f0
+# %% ../../../nbs/engine/fit.ipynb #928d264c
 def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
 
-def _check_weights(was, now):
+def _finite(t): return bool(_local(t).isfinite().all())
+
+def _free(model):
+    "Buffers that need not be finite: those that are not now, as a mask of -inf."
+    return {n for n,b in model.named_buffers(remove_duplicate=False) if not _finite(b)}
+
+def _check_weights(was, now, free):
     "Refuse weights that are not this model's."
     what = lambda t: "missing" if t is None else f"{tuple(t.shape)} {str(t.dtype)[6:]}"
     for k in was | now:
         if what(a := was.get(k)) != what(b := now.get(k)): raise ValueError(f"the saved run has {k} {what(a)} and this model has it {what(b)}; use another run folder")
-        if not _local(a).isfinite().all(): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+        if k not in free and not _finite(a): raise ValueError(f"the saved run's {k} holds numbers that are not finite; go back to an earlier commit or use another run folder")
 
 def _check_state(tensors, optimizer):
     "Refuse optimizer state that is not of these parameters: fused kernels trust the shapes they are given."
@@ -72,11 +81,11 @@ def _check_state(tensors, optimizer):
         i, _, k = name.partition(".")
         if not (i.isdecimal() and int(i) < len(params)): raise ValueError(f"the saved run's optimizer state names parameter {i!r} of {len(params)}; use another run folder")
         if optimizer.defaults.get("fused") and t.numel() != 1 and t.shape != params[int(i)].shape: raise ValueError(f"the saved run's {k} of parameter {i} has the shape {tuple(t.shape)} for a parameter of {tuple(params[int(i)].shape)}; use another run folder")
-        if not _local(t).isfinite().all(): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
+        if not _finite(t): raise ValueError(f"the saved run's {k} of parameter {i} holds numbers that are not finite; go back to an earlier commit or use another run folder")
 
 def _check(tensors, s, model, optimizer, hooks, made):
     "Refuse a saved run that is not this one, before anything changes."
-    _check_weights(tensors["model"], _weights(model)); _check_state({k: v for k,v in tensors["optimizer"].items() if k != "rng"}, optimizer)
+    _check_weights(tensors["model"], _weights(model), _free(model)); _check_state({k: v for k,v in tensors["optimizer"].items() if k != "rng"}, optimizer)
     if not (isinstance(s["counts"], dict) and all(type(s["counts"].get(k)) is int and s["counts"][k] >= 0 for k in ("step", "skipped", "row"))): raise ValueError(f"the saved run's counts are whole numbers of at least 0: step, skipped, row (got {s['counts']})")
     old, new = s["made"], made
     if len(old) != len(new): raise ValueError(f"the run was saved with {len(old)} parameter groups (got {len(new)}); pass the same optimizer or use another run folder")
@@ -125,12 +134,20 @@ def _unpack(saved, team, optimizer, stream, hooks, made):
         if v is not None: h.load_state_dict(v)
     return s["counts"]
 
-# %% ../../../nbs/engine/fit.ipynb #97437229
+# %% ../../../nbs/engine/fit.ipynb #d481d840
+def _lines(path, step):
+    "The log's whole lines of steps before `step`, each step once."
+    kept = {}
+    for l in path.read_bytes().split(b"\n") if path.exists() else ():
+        try: s = json.loads(l)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError): continue
+        if type(s) is int and s < step: kept[s] = l + b"\n"
+    return b"".join(kept[s] for s in sorted(kept))
+
 def _log(path, step, team):
     "The log, open for appending after the line of `step` - 1; the first process writes it."
     if team.rank: return open(os.devnull, "w")
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    (tmp := path.with_suffix(".tmp")).write_bytes(b"".join(l + b"\n" for l in lines[:step]))
+    with open(tmp := path.with_suffix(".tmp"), "wb") as f: f.write(_lines(path, step)); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
     return open(path, "a")
 
@@ -149,15 +166,23 @@ def _gradient(team, tokens, accumulate, a, losses=losses):
         ((w*part).sum()/len(tokens)).backward()
     return torch.cat(ℓ)
 
+# %% ../../../nbs/engine/fit.ipynb #92ad81a6
+def _buffers(model): return {n: b.clone() for n,b in model.named_buffers()}
+
+@torch.no_grad()
+def _put_back(model, was):
+    for n,b in model.named_buffers():
+        if n in was and b.shape == was[n].shape and not torch.equal(b, was[n]): b.copy_(was[n])
+
 # %% ../../../nbs/engine/fit.ipynb #693e6fb7
 def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #37f2a4da
+# %% ../../../nbs/engine/fit.ipynb #48b96612
 def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
-    tokens, δ = next(stream); p = stream.weights
+    (tokens, δ), p, buffers = next(stream), stream.weights, _buffers(team.inner)
     own = next((partial(h.losses, step) for h in hooks if hasattr(h, "losses")), losses)
     early = accumulate == 1 and not team.group and any(getattr(h, "losses_first", False) for h in hooks)     # a hook's weights come from these losses
     whole = own(team.whole, tokens.to(team.device)) if early else None
@@ -170,6 +195,7 @@ def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     if good and any(hasattr(h, "on_gradients") for h in hooks) and (good := math.isfinite(size())): _call(hooks, "on_gradients", step, team.whole)
     norm = team.gather(_whole(nn.utils.clip_grad_norm_(params, clip)).double().view(1)).max().item()     # NaN if it is anywhere: all decide alike
     if good := good and math.isfinite(norm): optimizer.step()
+    else: _put_back(team.inner, buffers)
     optimizer.zero_grad()
     return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
 
@@ -182,11 +208,13 @@ def _scaled(optimizer, η):
     finally:
         for g,r in zip(optimizer.param_groups, lr): g["lr"] = r
 
-# %% ../../../nbs/engine/fit.ipynb #c5a68c55
-def _check_finite(team, step, record):
+# %% ../../../nbs/engine/fit.ipynb #886f384d
+def _check_finite(team, step, record, free):
     "Refuse to commit weights that are not finite, here or anywhere."
-    odd = [n for n,p in _weights(team.inner).items() if not _local(p).isfinite().all()]
-    if not team.all(not odd): raise FloatingPointError(f"{odd[0] if odd else 'another process'} holds numbers that are not finite after step {step}, from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})")
+    odd, written = [n for n,p in _weights(team.inner).items() if n not in free and not _finite(p)], dict(team.inner.named_buffers())
+    if team.all(not odd): return
+    why = "written by the model in a step of finite loss: nothing is committed; look at how it writes it" if odd and odd[0] in written else f"from an update of finite gradients: nothing is committed; lower the learning rate (got {record['lr']})"
+    raise FloatingPointError(f"{odd[0] if odd else 'another process'} holds numbers that are not finite after step {step}, {why}")
 
 # %% ../../../nbs/engine/fit.ipynb #c05bd1fd
 def _commit(team, *args):
@@ -227,7 +255,7 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts
 
-# %% ../../../nbs/engine/fit.ipynb #0891bebb
+# %% ../../../nbs/engine/fit.ipynb #06dcdbce
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
     stream, # a `MixedStream`, the same on all processes
@@ -245,10 +273,13 @@ def fit(
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
-    run, records, team, made = Path(run), [], Team(model), _made(optimizer)
-    counts = _begin(run, team, stream, optimizer, hooks, made, steps)
-    run.mkdir(parents=True, exist_ok=True); model.train(); t0 = time.perf_counter()
-    with _log(run/"log.jsonl", counts["step"], team) as log, tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None) as bar, _saver(run/"commits", team, hooks, background) as save:
+    run, records, team, made = Path(run), [], Team(model), _made(optimizer); free = _free(team.inner)
+    with ExitStack() as stack:
+        together(team, lambda: None if team.rank else stack.enter_context(commits._held(run/".fit", f"the run in {run} is being trained already; wait for it or use another folder")))
+        counts = _begin(run, team, stream, optimizer, hooks, made, steps); model.train(); t0 = time.perf_counter()
+        log = stack.enter_context(_log(run/"log.jsonl", counts["step"], team))
+        bar = stack.enter_context(tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None))
+        save = stack.enter_context(_saver(run/"commits", team, hooks, background))
         for step in range(counts["step"], steps):
             if not 0 <= (η := schedule(step)) < math.inf: raise ValueError(f"a schedule gives a finite multiplier of at least 0 (got {η} at step {step})")
             with _scaled(optimizer, η): record, good = _step(step, team, stream, optimizer, hooks, accumulate, clip)
@@ -258,5 +289,7 @@ def fit(
             _call(hooks, "on_step", step, record); _call(hooks if team.rank == 0 else (), "log", record, step)
             if counts["row"] == patience: raise FloatingPointError(f"{patience} steps in a row had a loss or gradient that is not finite, or that a hook refused, the last at step {step} (loss {record['loss']}, norm {record['norm']}); the weights are those before them; lower the learning rate or look at the data")
             if step + 1 == steps or every and (step + 1) % every == 0:
-                _check_finite(team, step, record); save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
+                _check_finite(team, step, record, free)
+                if team.rank == 0: os.fsync(log.fileno())
+                save(step + 1, *_pack(team, optimizer, stream, hooks, counts, made))
     return records

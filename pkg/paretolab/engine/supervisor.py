@@ -46,7 +46,7 @@ def _alone(run):
         except OSError: raise ValueError(f"the run in {run} has a supervisor already; wait for it or use another folder") from None
         yield
 
-# %% ../../../nbs/engine/supervisor.ipynb #f3467e2e
+# %% ../../../nbs/engine/supervisor.ipynb #9aee3279
 def _launch(command, run, silence):
     "Launch once; how it ended, or that its log stood still."
     child = subprocess.Popen(command, env={**os.environ, MARK: _mark(run)}, start_new_session=True)
@@ -58,7 +58,10 @@ def _launch(command, run, silence):
             if (now := size()) != was: was, since = now, time.monotonic()
             if time.monotonic() - since > silence: return f"no step for {silence} seconds"
         return f"ended with {code}" if code else ""
-    finally: _clear(run); child.wait()
+    finally:
+        try: os.killpg(child.pid, signal.SIGKILL)                                # also where there is no /proc to look through
+        except (ProcessLookupError, PermissionError): pass                       # nobody is left in its group
+        _clear(run); child.wait()
 
 # %% ../../../nbs/engine/supervisor.ipynb #296ae356
 def supervise(

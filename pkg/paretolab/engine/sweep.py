@@ -66,7 +66,7 @@ def local(
             finally: pool.shutdown(wait=False, cancel_futures=True)
     return run
 
-# %% ../../../nbs/engine/sweep.ipynb #50a22f58
+# %% ../../../nbs/engine/sweep.ipynb #d2d1307c
 HEAD = b'{"key": "'
 
 def _read(path):
@@ -74,8 +74,8 @@ def _read(path):
     found, size = {}, 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if not line.endswith(b"\n") and HEAD[:len(line)] == line[:len(HEAD)]: break
-        try: r = json.loads(line); key, _ = r["key"], r["seconds"]
-        except (ValueError, TypeError, KeyError): raise ValueError(f"the journal {path} is damaged, or none of a sweep, after {size} bytes (got {line[:80]!r}); move it away or give another path") from None
+        try: r = json.loads(line); key, _, _ = r["key"], r["seconds"], r["error"] if "error" in r else r["result"]; hash(key)
+        except (ValueError, TypeError, KeyError, RecursionError): raise ValueError(f"the journal {path} is damaged, or none of a sweep, after {size} bytes (got {line[:80]!r}); move it away or give another path") from None
         found[key], size = r, size + len(line)
     return found, size
 
