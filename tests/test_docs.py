@@ -192,7 +192,7 @@ def dark(browser):
     opened, base = browser
     with opened.new_context(color_scheme="dark") as c: yield lambda url, pictures=None: faults(c, base + url, base, pictures)
 
-@pytest.mark.parametrize("page", [*MOVING, "index.html", "methods.html", "api/distributed_lion.html", "source/engine/fit.py.html"])
+@pytest.mark.parametrize("page", [*MOVING, "index.html", "methods.html", "api/distributed_lion.html", "studies/scoreboard.html", "source/engine/fit.py.html", "source/data/split.py.html"])
 def test_browser_page_is_whole(page, dark):
     bad, figures, controls, size = dark(page)
     assert not bad
