@@ -118,7 +118,7 @@ def finish(site, stage):
         to = site/src.relative_to(stage).with_suffix(".py.html")
         to.parent.mkdir(parents=True, exist_ok=True)
         icon = f'<link rel="icon" href="{os.path.relpath(site, to.parent)}/favicon.svg"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        text = highlight(src.read_text(), PythonLexer(), HtmlFormatter(full=True, title=src.name, linespans="L", prestyles="white-space: pre-wrap; overflow-wrap: anywhere"))
+        text = highlight(src.read_text(), PythonLexer(), HtmlFormatter(full=True, title=src.name, linespans="L", prestyles="white-space: break-spaces; overflow-wrap: anywhere"))
         to.write_text(text.replace("<head>", "<head>" + icon, 1))
         (site/src.relative_to(stage)).unlink(missing_ok=True)
     for css in site.rglob("*.css"): css.write_text(re.sub(r"@import url\(['\"]?https?:[^)]*\);?", "", css.read_text()))  # the themes' fonts

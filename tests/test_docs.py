@@ -42,6 +42,29 @@ def test_source_links_reach_their_line(site):
     line = (ROOT/"pkg"/"paretolab"/"kernels"/"unpack.py").read_text().splitlines()[int(link[2]) - 1]
     assert line.startswith(("def ", "@", "class ")) and f'id="L-{link[2]}"' in (site/link[1]).read_text()
 
+# The pages and README.md as they lie in a checkout, for JupyterLab and for who reads the repository
+
+def lost(text, folder):
+    "Relative links of a Markdown text that lead to no file, seen from `folder`."
+    links = [a or b for a,b in re.findall(r"""\]\(([^)\s]+)|(?:href|src)=["']([^"']+)""", text)]
+    return [u for u in links if not re.match(r"[a-z]+:|#", u) and not (folder/u.split("#")[0]).exists()]
+
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/"nbs").as_posix())
+def test_links_of_a_page_lead_somewhere_in_a_checkout(page):
+    assert lost("\n".join("".join(c["source"]) for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown"), page.parent) == []
+
+def test_links_of_the_readme_lead_somewhere(): assert lost((ROOT/"README.md").read_text(), ROOT) == []
+
+@pytest.mark.parametrize("text, bad", [("[a](b.html)", ["b.html"]), ("[a](b.html#c)", ["b.html#c"]), ('<img src="b.svg">', ["b.svg"]), ("[a](../nbs/index.ipynb#c) [b](https://x.org/y.html) [c](#d)", [])])
+def test_a_lost_link_is_seen(text, bad): assert lost(text, ROOT/"nbs") == bad
+
+def test_code_in_the_readme_is_run_by_getting_started():
+    ran = {line.split("  #")[0].strip() for c in json.loads((ROOT/"nbs"/"getting_started.ipynb").read_text())["cells"] if c["cell_type"] == "code" for line in "".join(c["source"]).splitlines()}
+    shown = [line.split("  #")[0].strip() for block in re.findall(r"```python\n(.*?)```", (ROOT/"README.md").read_text(), re.S) for line in block.splitlines() if line.strip()]
+    assert shown and [line for line in shown if line not in ran] == []
+
 @pytest.mark.parametrize("page, word", [('<a href="b.html">', "b.html is not there"), ('<a href="a.html#x">', "no #x"), ('<a href="#y">', "no #y"), ('<img src="https://x.org/a.png">', "would be loaded"),
     ('<a href="https://x.org"><a id="x" href="#x">', None)])
 def test_link_check_finds(page, word, tmp_path):
@@ -139,7 +162,7 @@ def move(page, k, figure):
 
 def faults(context, url, base, pictures=None):
     "What is wrong with a page on a narrow phone in dark, and in a wide window in light; how many figures and controls it has."
-    page = context.new_page(); bad = listen(page, base)
+    page = context.new_page(); bad = listen(page, base); page.set_default_timeout(300_000)                       # a machine may be busy with other things
     page.set_viewport_size(dict(width=360, height=740)); page.goto(url); page.wait_for_function(DRAWN)
     bad += page.evaluate(CUT) + page.evaluate(PALE) + ["a formula is not understood"]*page.locator(".katex-error").count()
     figures, controls = page.locator(".plotly-figure"), 0
@@ -169,7 +192,7 @@ def dark(browser):
     opened, base = browser
     with opened.new_context(color_scheme="dark") as c: yield lambda url, pictures=None: faults(c, base + url, base, pictures)
 
-@pytest.mark.parametrize("page", [*MOVING, "index.html", "methods.html", "api/distributed_lion.html", "source/engine/fit.py.html"])
+@pytest.mark.parametrize("page", [*MOVING, "index.html", "methods.html", "api/distributed_lion.html", "studies/scoreboard.html", "source/engine/fit.py.html", "source/data/split.py.html"])
 def test_browser_page_is_whole(page, dark):
     bad, figures, controls, size = dark(page)
     assert not bad

@@ -5,13 +5,22 @@
 # %% auto #0
 __all__ = ['domains', 'preset', 'main']
 
-# %% ../../../nbs/frontier/command.ipynb #41ba678e
+# %% ../../../nbs/frontier/command.ipynb #e044b68d
 import argparse, sys
+from collections import Counter
 from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
 from .. import __version__
 from ..engine.settings import Settings, parse, read
 
-# %% ../../../nbs/frontier/command.ipynb #7955d542
+# %% ../../../nbs/frontier/command.ipynb #92ca89a2
+def _globs(name, glob, folder):
+    "Globs for the commonest kinds of file in a folder."
+    kinds = Counter(p.suffix for p in islice(folder.rglob("*"), 10_000) if p.is_file() and p.suffix).most_common(3)
+    return " or ".join(f"'{name}={glob.rstrip('/')}/**/*{kind}'" for kind,_ in kinds or [(".txt", 0)])
+
+# %% ../../../nbs/frontier/command.ipynb #42534b01
 def domains(
     pairs:list, # "NAME=GLOB" each
 )->dict: # domain -> glob
@@ -19,8 +28,9 @@ def domains(
     out = {}
     for p in pairs:
         name, eq, glob = p.partition("=")
-        if not (name and eq and glob): raise ValueError(f"text is given as NAME=GLOB, as in 'mine=~/notes/**/*.md' (got {p!r})")
+        if not (name and eq and glob): raise ValueError(f"text is given as NAME=GLOB in quotes, as in 'mine=~/notes/**/*.md', which keep the shell from putting the files in the glob's place (got {p!r})")
         if name in out: raise ValueError(f"the domain {name!r} is given twice; write one glob that matches all its files, or two names")
+        if (folder := Path(glob).expanduser()).is_dir(): raise ValueError(f"the domain {name!r} is given as a folder; write a glob of its files, {_globs(name, glob, folder)} (got {p!r})")
         out[name] = glob
     return out
 
@@ -34,14 +44,18 @@ def preset(
     if name not in presets: raise ValueError(f"presets are {', '.join(presets)} (got {name!r})")
     return presets[name]
 
-# %% ../../../nbs/frontier/command.ipynb #de91e343
+# %% ../../../nbs/frontier/command.ipynb #bb507258
+UNUSED = {"temperature", "seconds", "mixer", *(f.name for f in fields(Settings) if f.metadata["section"] == "frontier" and f.name != "out")}     # by small runs
+MIX = dict(steps="training steps of a small run; 0: 50", mixture="file of weights to start from; empty: the text's proportions", out="folder of the results; the mixture is mix/mixture.json in it")
+
+# %% ../../../nbs/frontier/command.ipynb #71c86d14
 def _parser():
     top = argparse.ArgumentParser(prog="paretolab", allow_abbrev=False, description="The best small language model for a budget, and what each choice costs.")
     top.add_argument("--version", action="version", version=__version__)
     subs = top.add_subparsers(dest="command", required=True, metavar="frontier | train | mix | generate")
     for name,help in (("frontier", "train, compress, measure, and draw the frontier"), ("train", "train one model"), ("mix", "find a mixture by small runs")):
         sub = subs.add_parser(name, allow_abbrev=False, help=help, description=help[0].upper() + help[1:] + ".")
-        sub.add_argument("--data", action="append", default=[], metavar="NAME=GLOB", help="your text as a domain, instead of the package's; may be given several times; .jsonl and .parquet hold documents under 'text', any other file is one")
+        sub.add_argument("--data", action="extend", nargs="+", default=[], metavar="NAME=GLOB", help="your text as a domain, in quotes, instead of the package's; may be given several times; .jsonl and .parquet hold documents under 'text', any other file is one")
         sub.add_argument("--settings", metavar="PATH", help="an .ini file with the sections corpus, model, train, frontier")
         if name == "frontier": sub.add_argument("--full", action="store_true", help="more points: other groups, a 4-bit embedding")
         elif name == "train": sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny, tiny-on")
@@ -49,24 +63,25 @@ def _parser():
             sub.add_argument("--method", metavar="module.attribute", default="regmix.RegMix", help="a method of paretolab.mixers: one that wants a table of small runs gets it, one that measures inside a run gets one (regmix.RegMix)")
             sub.add_argument("--target", action="append", default=[], metavar="NAME", help="a domain whose loss counts; may be given several times (all)")
             sub.add_argument("--runs", type=int, default=32, metavar="int", help="small runs of a table, each of --steps steps, or of 50 where that is 0 (32)")
-        for f in fields(Settings): sub.add_argument("--" + f.name.replace("_", "-"), dest="set_" + f.name, metavar="numbers" if f.type is tuple else f.type.__name__, help=f"{f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})".replace("%", "%%"))
+        for f in fields(Settings):
+            if name == "mix" and f.name in UNUSED: continue
+            sub.add_argument("--" + f.name.replace("_", "-"), dest="set_" + f.name, metavar="numbers" if f.type is tuple else f.type.__name__, help=f"{MIX.get(f.name, f.metadata['help']) if name == 'mix' else f.metadata['help']} ({','.join(map(str, f.default)) if f.type is tuple else f.default})".replace("%", "%%"))
     _writing(subs.add_parser("generate", allow_abbrev=False, help="let a model write", description="Let a model write, from its low-bit tensors."))
     return top
 
 def _writing(sub):
     "The arguments of `generate`."
-    sub.add_argument("model", metavar="MODEL", help="a folder that `frontier` or `train` wrote, or any Llama's; or the word shipped")
+    sub.add_argument("model", metavar="MODEL", help="the folder of a model: OUT/model of `train`, OUT/models/NAME of `frontier`, or any Llama's; OUT itself where it holds one model; or the word shipped")
     sub.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     for name,default,help in (("new", 128, "most tokens to write"), ("temperature", 0.8, "0: always the likeliest token"), ("top-k", 40, "draw from so many of the likeliest; 0: from all"), ("seed", 0, "of the draws"),
                               ("threads", 0, "0: one for each processor"), ("group", 64, "weights that share a scale, for a folder of 16-bit weights"), ("embed-bits", 8, "of the embedding, for a folder of 16-bit weights")):
         sub.add_argument(f"--{name}", type=type(default), default=default, metavar=type(default).__name__, help=f"{help} ({default})")
     sub.add_argument("--bits", type=float, metavar="float", help="of the linear layers, for a folder of 16-bit weights: 2, 3, 4, 6 or 8 (8)")
 
-# %% ../../../nbs/frontier/command.ipynb #a4e93017
+# %% ../../../nbs/frontier/command.ipynb #68520b75
 def _train(s, globs):
     "Train one model and write it as a folder that transformers opens."
     import json
-    from pathlib import Path
     from paretolab.frontier import job
     from paretolab.models import hf
     text = job.prepare(s, globs)
@@ -83,17 +98,28 @@ def _mix(s, a, globs):
     for d,p in sorted(found["weights"].items(), key=lambda kv: -kv[1]): print(f"{d:16} {p:.3f}")
     print(f"the mixture is in {s.out}/mix/mixture.json")
 
-# %% ../../../nbs/frontier/command.ipynb #8be438cb
+# %% ../../../nbs/frontier/command.ipynb #04889dce
+def _model(name):
+    "The folder of the one model that is meant."
+    from paretolab.models import hf
+    if name == "shipped": return hf.shipped()
+    folder = Path(name).expanduser()
+    if not folder.is_dir(): raise ValueError(f"{name} is no model: {'it is a file' if folder.exists() else 'there is no such folder'}; give a folder, as runs/frontier/models/mine-4bit, or the word shipped")
+    if (folder/"config.json").exists(): return folder
+    found = [p.parent for pattern in ("*/config.json", "models/*/config.json") for p in sorted(folder.glob(pattern))]
+    if len(found) > 1: raise ValueError(f"{name} holds {len(found)} models; name one of them: {', '.join(map(str, found[:20]))}{' …' if len(found) > 20 else ''}")
+    return found[0] if found else folder
+
+# %% ../../../nbs/frontier/command.ipynb #7251d706
 def _generate(a):
     "Write text to the terminal as it comes; the exit code."
     import json, os, torch
-    from pathlib import Path
     from tokenizers import Tokenizer
-    from paretolab.models import decode, hf
+    from paretolab.models import decode
     if not 0 <= a.threads <= 1024: raise ValueError(f"a number of threads is from 1 to 1024, or 0 for one for each processor (got {a.threads})")
     if a.threads: torch.set_num_threads(a.threads)
     try:
-        folder = hf.shipped() if a.model == "shipped" else Path(a.model)
+        folder = _model(a.model)
         model, end = decode.load(folder, a.bits, a.group, a.embed_bits), json.loads((folder/"config.json").read_bytes()).get("eos_token_id")
         try: tok = Tokenizer.from_file(str(folder/"tokenizer.json"))
         except Exception as e: raise ValueError(f"{folder/'tokenizer.json'} is not a file of the tokenizers library ({e})") from None
@@ -105,7 +131,7 @@ def _generate(a):
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # who read it has read enough
     return 0
 
-# %% ../../../nbs/frontier/command.ipynb #969a33fb
+# %% ../../../nbs/frontier/command.ipynb #a3e04ebe
 def main(
     argv:list|None=None, # arguments; None: those of the process
 )->int: # exit code: 0 done, 1 no point could be measured, 2 refused, 130 interrupted
@@ -118,6 +144,8 @@ def main(
             if a.settings: raise ValueError(f"a preset is a complete recipe (got --preset {preset_name} and --settings {a.settings}); give one of them")
             s = replace(preset(preset_name), **{k: parse(k, v) for k,v in over.items()})
         else: s = read(a.settings, over)
+        for k in ("optimizer", "mixer", "quantizer"):
+            if "." not in getattr(s, k): raise ValueError(f"the {k} is named module.attribute, as {getattr(Settings, k)} (got {getattr(s, k)!r})")
         globs = domains(a.data) or None
         if a.command == "train": _train(s, globs); return 0
         if a.command == "mix": _mix(s, a, globs); return 0
