@@ -83,6 +83,9 @@ def lion(module, device, n, dtype, state, exact):
         x, y = x.float(), y.cpu().float()
         far = (x - y).abs() > (0 if exact else 2**-6*x.abs() + (1.001 if state == torch.int8 else 1e-6))
         assert far.sum() <= (0 if exact else 1 + n//500)
+    g[-1] = torch.nan                                                     # a bad gradient is let through to its weight
+    module.naive(a[0], g, *a[1:], 0.1), module.fast(b[0], g.to(device), *b[1:], 0.1)
+    assert torch.equal(a[0].isnan(), b[0].cpu().isnan()) and a[0].isnan().any()
 
 LOGS = [(1, 1, torch.float32), (3, 255, torch.bfloat16), (2, 600, torch.float32), (2, 257, torch.float16)]
 
@@ -107,6 +110,7 @@ def logarithms(module, device, R, C, dtype, exact):
             for x, y in zip([a[0], *(u for m in a[1:] for u in m)], [b[0], *(u for m in b[1:] for u in m)]):
                 far = (x.float() - y.cpu().float()).abs() > (0 if exact else 1 if x.dtype == torch.uint8 else 2**-6*x.float().abs() + 1e-6)
                 assert far.sum() <= (0 if exact else 1 + x.numel()//500)
+        assert torch.equal(a[0].isnan(), b[0].cpu().isnan()) and a[0].isnan().any()
         for (_, s, _), (_, there, _) in zip(a[1:], b[1:]): assert torch.equal(s.isnan(), there.cpu().isnan()) and s.isnan().sum() == 1
 
 ATTENTIONS = [(1, 1, 1, 16, 16, 1, 1, torch.float32), (1, 3, 70, 16, 16, 1, 2, torch.float32), (2, 2, 60, 32, 16, 2, 2, torch.float32), (1, 4, 90, 16, 16, 1, 4, torch.float32), (1, 3, 70, 32, 16, 1, 3, torch.bfloat16), (1, 2, 65, 16, 32, 1, 2, torch.float16)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .aot import Case
 from .interpreter import ready
 
-# %% ../../../nbs/kernels/states.ipynb #226ece5e
+# %% ../../../nbs/kernels/states.ipynb #d1fde573
 _block = 256
 _top = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0} # largest code
 
@@ -34,7 +34,7 @@ def naive(
     grow = lambda s: s.repeat_interleave(_block)[:m.numel()].view(m.shape)
     old, g32 = m.float() if s is None else m.float()*grow(s), g.float()
     c = betas[0]*old + (1 - betas[0])*g32
-    w.copy_((1 - lr*weight_decay)*w.float() - lr*c.sign())
+    w.copy_((1 - lr*weight_decay)*w.float() - lr*torch.where(c > 0, 1., torch.where(c < 0, -1., 0*c)))           # torch's sign of NaN is 0, and the weight would rest for ever
     new = betas[1]*old + (1 - betas[1])*g32
     if s is not None:
         s.copy_(torch.nn.functional.pad(new.abs().flatten(), (0, -new.numel() % _block)).view(-1, _block).amax(1)/_top[m.dtype])
