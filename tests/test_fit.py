@@ -421,3 +421,15 @@ def test_a_hook_whose_state_is_no_json_is_refused_at_once(tmp_path, state):
         def state_dict(self): return state
     with pytest.raises(ValueError, match="hook's state goes into the commits as JSON"): fit(*make(), cosine(9), [Odd()], steps=2, run=tmp_path)
     assert not (tmp_path/"commits").exists()
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    m, s, _ = make(); _, _, o = make(seed=1)
+    with pytest.raises(ValueError, match="trains the model it was made of"): fit(m, s, o, cosine(STEPS, 5), steps=2, run=tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+    s.close()
+
+def test_a_model_of_16_bits_is_trained(tmp_path):
+    from paretolab.optimizers.adamw import AdamW
+    m, s, _ = make(); m.bfloat16(); was = flat(m)
+    records = fit(m, s, AdamW(m.named_parameters(), lr=.01), cosine(STEPS, 5), steps=3, run=tmp_path/"run"); s.close()
+    assert len(records) == 3 and all(math.isfinite(v) for r in records for v in r["per_domain"].values()) and not torch.equal(flat(m), was)

@@ -31,7 +31,7 @@ def losses(
 # %% ../../../nbs/engine/fit.ipynb #2f7d24a3
 def _by_domain(ℓ, δ, domains):
     "λ, for the domains in this batch."
-    total = torch.zeros(2, len(domains)).index_add_(1, δ, torch.stack([ℓ, torch.ones_like(ℓ)]))
+    total = torch.zeros(2, len(domains)).index_add_(1, δ, torch.stack([ℓ.float(), torch.ones_like(ℓ, dtype=torch.float32)]))
     return {d: (s/n).item() for d,s,n in zip(domains, *total) if n}
 
 # %% ../../../nbs/engine/fit.ipynb #a756df3b
@@ -273,6 +273,7 @@ def fit(
 )->list[dict]: # records of the steps made in this call
     "Train, commit, and resume what an earlier call with the same folder left."
     if min(steps, accumulate, patience) < 1 or every < 0 or not clip > 0: raise ValueError(f"a run takes at least one step, in at least one part, clipped above 0, with some patience (got {steps=}, {accumulate=}, {every=}, {clip=}, {patience=})")
+    if not {id(p) for g in optimizer.param_groups for p in g["params"]} & {id(p) for p in model.parameters()}: raise ValueError("an optimizer trains the model it was made of (got one with none of this model's parameters); make it after the model has its last form")
     run, records, team, made = Path(run), [], Team(model), _made(optimizer); free = _free(team.inner)
     with ExitStack() as stack:
         together(team, lambda: None if team.rank else stack.enter_context(commits._held(run/".fit", f"the run in {run} is being trained already; wait for it or use another folder")))
