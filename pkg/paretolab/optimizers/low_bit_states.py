@@ -16,7 +16,7 @@ from .galore import GaLore
 from .lion import Lion
 from .state_codes import Expanded, Log, Tree
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #fe14b22a
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #bc8695d0
 class Small(Whole):
     "Moments in a format of 8 bits."
     def __init__(self,
@@ -35,7 +35,9 @@ class Small(Whole):
         if p.dtype == torch.float64: raise ValueError(f"moments of 8 bits are for parameters of 32 or 16 bits (got {name!r}, {p.dtype})")
         if hasattr(p, "placements") and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
             raise ValueError(f"blocks lie within rows, so a parameter with moments of 8 bits is sharded along its first dimension (got {name!r}, {p.placements})")
-    def sound(self, key, value): return not key.endswith(("_scale", "_step")) or not (value < (key[-4:] == "step")).any() and not (value > (32 if key[-4:] == "step" else torch.finfo(torch.float32).max)).any()
+    def sound(self, key, value):
+        if key.endswith("_step"): return not ((value < 1) | (value > 32)).any()
+        return not (key.endswith("_scale") and ((value < 0) | value.isinf()).any())          # NaN is the scale of a block that has met one
     def begin(self, state, key, zeros):
         if not self.small(zeros.shape): return super().begin(state, key, zeros)
         for k,(shape,t) in self.parts(key, zeros.shape).items(): state[k] = _zeros(zeros, shape, t)
