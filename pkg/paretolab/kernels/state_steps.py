@@ -28,35 +28,13 @@ def _lion(form, w, g, m, *, beta1, fresh1, beta2, fresh2, keep, step):
     x.mul_(beta2).add_(g*fresh2)
     for old,new in zip(m, form.encode(x, True)): old.copy_(new)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #17bc0f1e
+# %% ../../../nbs/kernels/state_steps.ipynb #c09b6ee9
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 class _Job(ctypes.Structure):
     _fields_ = [(n, _P) for n in ("w", "g", "mc", "ms", "mk", "vc", "vs", "vk")] + [("columns", ctypes.c_int64), ("lion", _I), ("kind", _I)] + \
-        [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "eps")] + [(n, _P) for n in ("decades", "curves", "powers", "planes", "borders", "steps", "shifts")]
+        [(n, ctypes.c_float) for n in ("beta1", "fresh1", "beta2", "fresh2", "keep", "step", "eps")] + [("decades", _P)]
 
 _decades = torch.cat([torch.nn.functional.pad(x, (0, 8 - len(x))) for s in (True, False) for x in (state_codes.Tree.D[s], state_codes.Tree.A[s], state_codes.Tree.borders[s])])
-_curves = torch.tensor([*state_codes._INV, *state_codes._LOG, *state_codes._SERIES, state_codes._RANGE], dtype=torch.float32)
-_powers = torch.cat([state_codes.Expanded.E, state_codes.Expanded.M], 1)
-_planes = _powers.view(torch.uint8).view(-1, 2, 16, 4).mT.contiguous()
-_shifts = state_codes.Expanded.shift.to(torch.uint8)
-
-def _stretches(places):
-    "Of each power and each 256 places: the code they begin with, and after which of them it falls by one, and by another; (129, 3, 256)."
-    k, stretch, low = torch.arange(len(places))[:,None].expand_as(places), places.long() >> 8, places & 255
-    out = torch.full((len(places), 3, 256), 255, dtype=torch.uint8)
-    out[:,0] = 126 - torch.searchsorted(places, (256*torch.arange(256, dtype=torch.int32)).expand(len(places), 256).contiguous())
-    second = torch.nn.functional.pad(stretch[:,1:] == stretch[:,:-1], (1, 0)) & (low < 255)
-    for which,it in ((1, ~second & (low < 255)), (2, second)): out[k[it], which, stretch[it]] = low[it].to(torch.uint8)
-    return out
-_borders = _stretches(state_codes.Expanded.places)
-
-def _steps(places):
-    "Of each power and each 64 places: 64 times the code they begin with, and the last of them that has it; (129, 1024)."
-    begin = 126 - torch.searchsorted(places, (64*torch.arange(1024, dtype=torch.int32)).expand(len(places), 1024).contiguous())
-    last = torch.full_like(begin, 63).scatter_(1, places.long() >> 6, (places & 63).long())
-    return (64*begin + last).to(torch.uint16)
-_steps_at = _steps(state_codes.Expanded.places)
-
 def _rows(t): return t.view(len(t), math.prod(t.shape[1:]))
 def _flat(moment): return _rows(moment[0]), *moment[1:]
 def _at(t): return 0 if t is None else t.data_ptr()
@@ -72,10 +50,9 @@ def _place(form, m, v=(), w=None, g=None):
     none = (0,)*(3 - len(kinds))
     return _at(w), _at(g), *map(_at, m), *none, *(map(_at, v) if v else (0,)*len(kinds)), *none, columns, shape[0]
 
-_tables = {n: _at(t) for n,t in dict(decades=_decades, curves=_curves, powers=_powers, planes=_planes, borders=_borders, steps=_steps_at, shifts=_shifts).items()}
 def _call(name, lib, path, form, places, *more, lion=False, **numbers):
     "What all matrices share, then where each lies, ten numbers for each."
-    job, at = _Job(lion=lion, kind=form.kind, **numbers, **_tables), (ctypes.c_int64*(10*len(places)))(*[x for p in places for x in p])
+    job, at = _Job(lion=lion, kind=form.kind, **numbers, decades=_at(_decades)), (ctypes.c_int64*(10*len(places)))(*[x for p in places for x in p])
     getattr(lib, name)(ctypes.byref(job), at, ctypes.c_int64(len(places)), *more, lib.best_path() if path is None else path)
 
 def _step(lib, path, form, M, V, W, G, numbers):
@@ -84,52 +61,52 @@ def _step(lib, path, form, M, V, W, G, numbers):
 def _recode(lib, path, form, parts, x, signed, back):
     if not isinstance(x, FakeTensor): _call("recode", lib, path, form, [_place(form, parts)], _P(x.data_ptr()), int(signed), int(back))
 
-# %% ../../../nbs/kernels/state_steps.ipynb #01e640cc
+# %% ../../../nbs/kernels/state_steps.ipynb #159670eb
 def _elsewhere(form, tensors):
     "Do they lie on a GPU?"
     if all(t.device.type in ("cpu", "meta") for t in tensors): return False
-    if form.kind < 2: raise ValueError(f"moments in a tree or in expanded FP8 are for parameters on the processor (got {tensors[0].device}); take those in logarithms, as AdamW8 and Lion8 do")
+    if not form.kind: raise ValueError(f"moments in a tree are for parameters on the processor (got {tensors[0].device}); take those in logarithms or FP8, as AdamW8 and AdamFP8 do")
     return True
-def _on_a_gpu(W, G, M, V, numbers):
+def _on_a_gpu(form, W, G, M, V, numbers):
     from paretolab.kernels import states
-    for w,g,m,v in zip(W, G, M, V, strict=True): states.log(_rows(w), _rows(g), _flat(m), v and _flat(v), **numbers)
+    for w,g,m,v in zip(W, G, M, V, strict=True): states.log(_rows(w), _rows(g), _flat(m), v and _flat(v), most=form.most[False], **numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #13bb6407
+# %% ../../../nbs/kernels/state_steps.ipynb #e09f15b5
 def adamw(
     form, # format of the moments: `Log()`, `Tree()` or `Expanded()` of `optimizers.state_codes`
     W:list, # weights θ, (R, ...) float32; changed in place
     G:list, # their gradients, (R, ...) float32
-    M:list, # their first moments, each a tuple: codes (R, ...), and for each block its scale, and step or power; changed in place
+    M:list, # their first moments, each a tuple: codes (R, ...), and for each block its scale, and perhaps its step; changed in place
     V:list, # their second moments
     path:int|None=None, # 0: any processor, 1: AVX2, 2: AVX-512; None: the best here
     **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η', eps = ϵ'
 )->None:
     "One step of AdamW, in one pass over each matrix."
-    if _elsewhere(form, W): return _on_a_gpu(W, G, M, V, numbers)
+    if _elsewhere(form, W): return _on_a_gpu(form, W, G, M, V, numbers)
     if (lib := native.load("state_steps.cpp")) is not None: return _step(lib, path, form, M, V, W, G, numbers)
     for w,g,m,v in zip(W, G, M, V, strict=True): _adamw(form, _rows(w), _rows(g), _flat(m), _flat(v), **numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #40e889da
+# %% ../../../nbs/kernels/state_steps.ipynb #ce7bbfed
 def lion(
     form, # format of the moment
     W:list, # weights θ, (R, ...) float32; changed in place
     G:list, # their gradients, (R, ...) float32
-    M:list, # their momenta, each a tuple: codes (R, ...), and for each block its scale, and step or power; changed in place
+    M:list, # their momenta, each a tuple: codes (R, ...), and for each block its scale, and perhaps its step; changed in place
     path:int|None=None, # 0: any processor, 1: AVX2, 2: AVX-512; None: the best here
     **numbers, # beta1, fresh1 = 1 - beta1, beta2, fresh2, keep = κ, step = η
 )->None:
     "One step of Lion, in one pass over each matrix."
-    if _elsewhere(form, W): return _on_a_gpu(W, G, M, [()]*len(W), numbers)
+    if _elsewhere(form, W): return _on_a_gpu(form, W, G, M, [()]*len(W), numbers)
     if (lib := native.load("state_steps.cpp")) is not None: return _step(lib, path, form, M, [()]*len(W), W, G, numbers)
     for w,g,m in zip(W, G, M, strict=True): _lion(form, _rows(w), _rows(g), _flat(m), **numbers)
 
-# %% ../../../nbs/kernels/state_steps.ipynb #6006c6ac
+# %% ../../../nbs/kernels/state_steps.ipynb #744c3d8f
 def encode(
     form, # format
     x:Tensor, # numbers, (R, ...) float32
     signed:bool, # may they be below 0?
     path:int|None=None, # as above
-)->tuple: # codes (R, ...), and for each block its scale, and step or power
+)->tuple: # codes (R, ...), and for each block its scale, and perhaps its step
     "`form.encode` in one pass."
     if (lib := native.load("state_steps.cpp")) is None or _elsewhere(form, [x]):
         c, *rest = form.encode(_rows(x.contiguous()), signed)
@@ -140,10 +117,10 @@ def encode(
     _recode(lib, path, form, parts, x, signed, False)
     return parts
 
-# %% ../../../nbs/kernels/state_steps.ipynb #fa0adc1f
+# %% ../../../nbs/kernels/state_steps.ipynb #32a9b19e
 def decode(
     form, # format
-    parts:tuple, # codes (R, ...), and for each block its scale, and step or power
+    parts:tuple, # codes (R, ...), and for each block its scale, and perhaps its step
     signed:bool, # as they were encoded
     path:int|None=None, # as above
 )->Tensor: # (R, ...) float32

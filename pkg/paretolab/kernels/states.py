@@ -77,16 +77,16 @@ def fast(
     blocks = -(-w.numel()//_block)
     if blocks: _lion[(blocks,)](w, g, m, m if s is None else s, w.numel(), lr, 1 - lr*weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], TOP=_top.get(m.dtype, 0.0), INT=m.dtype == torch.int8, B=_block)
 
-# %% ../../../nbs/kernels/states.ipynb #bbac1296
+# %% ../../../nbs/kernels/states.ipynb #c0b15a35
 @triton.jit
-def _value(c, s, p, SIGNED: tl.constexpr):
-    n = tl.minimum(c, 256 - c) if SIGNED else c
-    x = tl.where(c == 0, 0.0, (s.to(tl.int32, bitcast=True) - (((127 if SIGNED else 255) - n)*p << 16)).to(tl.float32, bitcast=True))
-    return tl.where(c > 127, -x, x) if SIGNED else x
+def _value(c, s, p, SIGNED: tl.constexpr, N: tl.constexpr):
+    n = c & 127 if SIGNED else c
+    x = (s.to(tl.int32, bitcast=True) - ((N - n)*p << 16)).to(tl.float32, bitcast=True)
+    if SIGNED: x = tl.where(c > 127, -x, x)
+    return tl.where(n == 0, 0.0, x)
 
 @triton.jit
-def _code(x, SIGNED: tl.constexpr):
-    N: tl.constexpr = 127 if SIGNED else 255
+def _code(x, SIGNED: tl.constexpr, N: tl.constexpr):
     b = x.to(tl.int32, bitcast=True)
     top, h, a = tl.max(b & 0x7fffffff, axis=0), b >> 16, b >> 16 & 0x7fff
     finite = top < 0x7f800000
@@ -94,20 +94,20 @@ def _code(x, SIGNED: tl.constexpr):
     p = tl.minimum(tl.maximum(tl.minimum((T - tl.min(tl.where(a >= 128, a, 0x7fff), axis=0) + N - 2)//(N - 1), T >> 8), 1), 32)
     n = N - ((T - a)*tl.minimum((65536//p + 1)//2, 32767) + 16384 >> 15)
     c = tl.maximum(n, 1)
-    if SIGNED: c = tl.where(n < 1 - 128//p, 0, tl.where(h < 0, -c, c)) & 255
+    if SIGNED: c = tl.where(n < 1 - 128//p, 0, c) | (h >> 8 & 128)
     else: c = tl.where(h < 128, 0, c)
     s = tl.where(finite, tl.where(T >= 256, top, 0), 0x7fc00000).to(tl.float32, bitcast=True)
     return tl.where(T >= 256, c, 0).to(tl.uint8), s, tl.where(T >= 256, p, 1).to(tl.uint8)
 
-# %% ../../../nbs/kernels/states.ipynb #afcc86c4
+# %% ../../../nbs/kernels/states.ipynb #261b17bf
 @triton.jit
-def _log(w, g, mc, ms, mp, vc, vs, vp, C, β1, fresh1, β2, fresh2, keep, η, eps, LION: tl.constexpr, B: tl.constexpr):
+def _log(w, g, mc, ms, mp, vc, vs, vp, C, β1, fresh1, β2, fresh2, keep, η, eps, LION: tl.constexpr, MOST: tl.constexpr, B: tl.constexpr):
     j = tl.program_id(1)*B + tl.arange(0, B)
     inside, i = j < C, tl.program_id(0).to(tl.int64)*C + j
     block = tl.program_id(0).to(tl.int64)*tl.num_programs(1) + tl.program_id(1)
     grad, θ = tl.load(g + i, mask=inside, other=0.0).to(tl.float32), tl.load(w + i, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(ms + block)
-    x = _value(tl.load(mc + i, mask=inside, other=0).to(tl.int32), s, tl.load(mp + block).to(tl.int32), True)
+    x = _value(tl.load(mc + i, mask=inside, other=0).to(tl.int32), s, tl.load(mp + block).to(tl.int32), True, 126)
     if LION:
         x *= 1 + 0*s
         d = x*β1 + grad*fresh1
@@ -116,19 +116,19 @@ def _log(w, g, mc, ms, mp, vc, vs, vp, C, β1, fresh1, β2, fresh2, keep, η, ep
     else:
         x = x*(β1 + 0*s) + grad*fresh1
         s = tl.load(vs + block)
-        y = _value(tl.load(vc + i, mask=inside, other=0).to(tl.int32), s, tl.load(vp + block).to(tl.int32), False)*(β2 + 0*s) + grad*fresh2*grad
+        y = _value(tl.load(vc + i, mask=inside, other=0).to(tl.int32), s, tl.load(vp + block).to(tl.int32), False, MOST)*(β2 + 0*s) + grad*fresh2*grad
         θ = θ*keep - tl.div_rn(x*η, tl.sqrt_rn(y) + eps)
-        c, s, p = _code(y, False)
+        c, s, p = _code(y, False, MOST)
         tl.store(vc + i, c, mask=inside)
         tl.store(vs + block, s)
         tl.store(vp + block, p)
     tl.store(w + i, θ.to(w.dtype.element_ty), mask=inside)
-    c, s, p = _code(x, True)
+    c, s, p = _code(x, True, 126)
     tl.store(mc + i, c, mask=inside)
     tl.store(ms + block, s)
     tl.store(mp + block, p)
 
-# %% ../../../nbs/kernels/states.ipynb #8266b803
+# %% ../../../nbs/kernels/states.ipynb #53b280d9
 def log(
     w:Tensor, # weights, (R, C); changed in place
     g:Tensor, # gradients, (R, C)
@@ -138,18 +138,20 @@ def log(
     keep:float, # κ, what is left of a weight
     step:float, # η', or η of Lion
     eps:float=0., # ϵ'
+    most:int=255, # largest code of a second moment: 255 in `Log`, 126 in `Expanded`
 )->None:
-    "One step of AdamW or Lion on moments in logarithms, in one pass."
+    "One step of AdamW or Lion on moments in logarithms or expanded FP8, in one pass."
     blocks = w.shape[0], -(-w.shape[1]//_block)
     for c,s,p in (m, v) if v else (m,):
         if not (w.shape == g.shape == c.shape and all(t.is_contiguous() for t in (w, g, c, s, p))) or not s.shape == p.shape == blocks or (c.dtype, s.dtype, p.dtype) != (torch.uint8, torch.float32, torch.uint8):
             raise ValueError(f"weights, gradients and codes are contiguous and of one shape, with {blocks} float32 scales and uint8 steps (got {tuple(w.shape)}, {tuple(g.shape)}, {tuple(c.shape)} of {c.dtype}, {tuple(s.shape)} of {s.dtype} and {tuple(p.shape)} of {p.dtype})")
+    if most not in (126, 255): raise ValueError(f"the largest code of a second moment is 255 or 126 (got {most})")
     ready(w)
-    if w.numel(): _log[blocks](w, g, *m, *(v or m), w.shape[1], beta1, fresh1, beta2, fresh2, keep, step, eps, LION=not v, B=_block)
+    if w.numel(): _log[blocks](w, g, *m, *(v or m), w.shape[1], beta1, fresh1, beta2, fresh2, keep, step, eps, LION=not v, MOST=most, B=_block)
 
-# %% ../../../nbs/kernels/states.ipynb #ba9b881e
+# %% ../../../nbs/kernels/states.ipynb #87c7c17b
 _names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
 cases = [Case(f"{str(w)[6:]}, {str(m)[6:]}", _lion, dict(w=_names[w], g=_names[w], m=_names[m], s="*fp32", n="i32", **dict.fromkeys(("lr", "keep", "β1", "fresh1", "β2", "fresh2"), "fp32")),
     dict(TOP=_top.get(m, 0.0), INT=m == torch.int8, B=_block), targets=("sm_90", "gfx942") if m == torch.float8_e4m3fn else ("sm_80", "sm_90", "gfx942"))
     for w in (torch.float32, torch.bfloat16) for m in _names]
-cases += [Case(f"{str(w)[6:]}, {'Lion' if lion else 'AdamW'} in logarithms", _log, dict(w=_names[w], g=_names[w], mc="*u8", ms="*fp32", mp="*u8", vc="*u8", vs="*fp32", vp="*u8", C="i32", **dict.fromkeys(("β1", "fresh1", "β2", "fresh2", "keep", "η", "eps"), "fp32")), dict(LION=lion, B=_block)) for w in (torch.float32, torch.bfloat16) for lion in (False, True)]
+cases += [Case(f"{str(w)[6:]}, {kind if most < 255 else kind + ' in logarithms'}", _log, dict(w=_names[w], g=_names[w], mc="*u8", ms="*fp32", mp="*u8", vc="*u8", vs="*fp32", vp="*u8", C="i32", **dict.fromkeys(("β1", "fresh1", "β2", "fresh2", "keep", "η", "eps"), "fp32")), dict(LION=kind == "Lion", MOST=most, B=_block)) for w in (torch.float32, torch.bfloat16) for kind,most in (("AdamW", 255), ("AdamW in FP8", 126), ("Lion", 255))]

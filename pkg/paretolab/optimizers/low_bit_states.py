@@ -16,7 +16,7 @@ from .galore import GaLore
 from .lion import Lion
 from .state_codes import Expanded, Log, Tree
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #bc8695d0
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #69c26ac4
 class Small(Whole):
     "Moments in a format of 8 bits."
     def __init__(self,
@@ -31,12 +31,13 @@ class Small(Whole):
         return {key + part: (blocks if part else tuple(shape), t) for part,t in self.form.parts.items()}
     def admit(self, name, p, slots):
         if not any(map(self.small, slots.values())): return
-        if p.device.type not in ("cpu", "meta") and self.form.kind < 2: raise ValueError(f"moments in a tree or in expanded FP8 are for parameters on the processor (got {name!r}, {p.device}); take those in logarithms, as AdamW8 and Lion8 do")
+        if p.device.type not in ("cpu", "meta") and not self.form.kind: raise ValueError(f"moments in a tree are for parameters on the processor (got {name!r}, {p.device}); take those in logarithms or FP8, as AdamW8 and AdamFP8 do")
         if p.dtype == torch.float64: raise ValueError(f"moments of 8 bits are for parameters of 32 or 16 bits (got {name!r}, {p.dtype})")
         if hasattr(p, "placements") and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
             raise ValueError(f"blocks lie within rows, so a parameter with moments of 8 bits is sharded along its first dimension (got {name!r}, {p.placements})")
     def sound(self, key, value):
-        if key.endswith("_step"): return not ((value < 1) | (value > 32)).any()
+        if key.endswith(("_step", "_power")): return not ((value < 1) | (value > 32)).any()
+        if self.form.kind and value.dtype == torch.uint8: return not ((value & 127 if key == "exp_avg" else value) > self.form.most[key == "exp_avg"]).any()
         return not (key.endswith("_scale") and ((value < 0) | value.isinf()).any())          # NaN is the scale of a block that has met one
     def begin(self, state, key, zeros):
         if not self.small(zeros.shape): return super().begin(state, key, zeros)

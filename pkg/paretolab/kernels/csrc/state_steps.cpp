@@ -10,18 +10,12 @@
 #include <immintrin.h>
 #endif
 
-struct Moment { uint8_t* codes; float* scales; uint8_t* powers; };
+struct Moment { uint8_t* codes; float* scales; uint8_t* steps; };
 struct Job {
     float* w; const float* g; Moment m, v;
-    int64_t columns; int32_t lion, kind;       // of the format: 0 is the tree, 1 the expansion, 2 the logarithm
+    int64_t columns; int32_t lion, kind;       // of the format: 0 is the tree, 1 FP8, 2 the logarithm
     float beta1, fresh1, beta2, fresh2, keep, step, eps;
     const float* decades;      // of the tree, signed and then unsigned: sixteenths of eight decades, the decades' inverses over 0.9, seven borders between them and a blank
-    const float* curves;       // of the expansion: 1/c and log₂c of eighths, three coefficients of the logarithm, log₂ of the range
-    const float* powers;       // its values: for each power, sixteen of the exponent and sixteen of the fraction
-    const uint8_t* planes;     // the same, first bytes of sixteen, second bytes, and so on
-    const uint8_t* borders;    // its codes: for each power and each of 256 stretches, the first code, and after which places it falls by one and by another one
-    const uint16_t* steps;     // the same for 1024 stretches, in each of which it falls by one at most: 64 times the first code and the last place that has it
-    const uint8_t* shifts;     // bits of a depth that are not looked at, for each power
 };
 
 #define INLINE __attribute__((always_inline))
@@ -74,7 +68,7 @@ static Job placed(Job j, const int64_t* at) { memcpy((void*)&j, at, 9 * 8); retu
 extern "C" void step(const Job* shared, const int64_t* at, int64_t count, int threads, int path) {
     for (; count--; at += 10) parts(at[9], at[8], threads, [j = placed(*shared, at), path](int64_t a, int64_t b) {
 #if defined(__x86_64__)
-        if (path == 2 && j.kind < 2) return avx512::rows(j, a, b);
+        if (path == 2 && !j.kind) return avx512::rows(j, a, b);
         if (path >= 1) return avx2::rows(j, a, b);
 #endif
         portable::rows(j, a, b);
@@ -84,7 +78,7 @@ extern "C" void step(const Job* shared, const int64_t* at, int64_t count, int th
 extern "C" void recode(const Job* shared, const int64_t* at, int64_t, float* x, int is_signed, int decode, int path) {
     const Job j = placed(*shared, at);
 #if defined(__x86_64__)
-    if (path == 2 && j.kind < 2) return avx512::recode(j, x, at[9], is_signed, decode);
+    if (path == 2 && !j.kind) return avx512::recode(j, x, at[9], is_signed, decode);
     if (path >= 1) return avx2::recode(j, x, at[9], is_signed, decode);
 #endif
     portable::recode(j, x, at[9], is_signed, decode);
@@ -161,16 +155,6 @@ static inline F look(const F* t, I i) {                                    // in
 }
 static const int eight = WIDTH == 4 ? 2 : 1;
 static inline void fill(F* t, const float* x, int from = 0) { for (int i = 0; i < eight * WIDTH; i++) ((float*)t)[(from + i) % (eight * WIDTH)] = x[i % 8]; }
-static inline F look16(const F* t, const float* x, I i) {                  // in a table of sixteen, modulo 16
-#if WIDTH == 16
-    return __builtin_shuffle(t[0], i);
-#elif WIDTH == 8
-    return __builtin_shuffle(t[0], t[1], i);
-#else
-    F v; for (int l = 0; l < WIDTH; l++) v[l] = x[i[l] & 15];
-    return v;
-#endif
-}
 
 static inline F take(const float* x, int n) { F v = {}; if (n >= WIDTH) memcpy(&v, x, sizeof v); else memcpy(&v, x, 4 * n); return v; }
 static inline void give(float* x, F v, int n) { if (n >= WIDTH) memcpy(x, &v, sizeof v); else memcpy(x, &v, 4 * n); }
@@ -211,13 +195,10 @@ static inline __m512i byte(int which, const I* x) {                         // o
     const __m512i *v = (const __m512i*)x, at = _mm512_load_si512(i);
     return both(_mm512_permutex2var_epi8(v[0], at, v[1]), _mm512_permutex2var_epi8(v[2], at, v[3]));
 }
-static inline __m512i look256(const __m512i* t, __m512i i) {               // in a table of 256 bytes
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(i), _mm512_permutex2var_epi8(t[0], i, t[1]), _mm512_permutex2var_epi8(t[2], i, t[3]));
-}
 #endif
 
 template <bool S> struct Tree {
-    static const int block = 256, spans = false;
+    static const int block = 256;
     static constexpr float least = S ? 0x1p-23f : 1.2e-7f;                 // magnitudes below it have the code of this one
     F decade[eight], inverse[eight];
 #if WIDTH == 4
@@ -274,7 +255,7 @@ template <bool S> struct Tree {
     };
     struct Encoder {
         const Tree& t; float r;
-        Encoder(const Tree& t, Moment& m, int64_t i, float s, float r, uint8_t) : t(t), r(r) { m.scales[i] = s; }
+        Encoder(const Tree& t, Moment& m, int64_t i, float s, float r, int) : t(t), r(r) { m.scales[i] = s; }
         I operator()(F x) const {                                          // the code is the last byte
             const F y = size_above(x * r, least);
             const I n = t.number(y);
@@ -306,154 +287,24 @@ template <bool S> struct Tree {
         INLINE void four(uint8_t* codes, const Places& p, const float* x, int k) const { _mm256_storeu_si256((__m256i*)(codes + k), bytes<S>(code(p, x, k), code(p, x, k + 8), code(p, x, k + 16), code(p, x, k + 24))); }
 #endif
     };
-    void powers(const int32_t*, const uint32_t*, uint8_t*, int) const {}
-};
-
-template <bool S> struct Expanded {
-    static const int block = 128, spans = true;                           // asks for a block's smallest number too
-    F inv[eight], log[eight];
-    float a[3], range;
-    const float* values; const uint8_t *planes, *borders, *shifts; const uint16_t* steps;
-    Expanded(const Job& j) : range(j.curves[19]), values(j.powers), planes(j.planes), borders(j.borders), shifts(j.shifts), steps(j.steps) { fill(inv, j.curves); fill(log, j.curves + 8); memcpy(a, j.curves + 16, 12); }
-    F log2(F x) const {
-        I u = bits(x), i = u >> 20;
-        F r = fl((u & 0x7fffff) | 0x3f800000) * look(inv, i) - 1;
-        return cvt((u >> 23) - 127) + look(log, i) + r * (a[0] + r * (a[1] + r * a[2]));
-    }
-    void powers(const int32_t* top, const uint32_t* least, uint8_t* power, int n) const {      // of n blocks
-        for (int i = 0; i < n; i += WIDTH) {
-            I a, b; memcpy(&a, top + i, sizeof a); memcpy(&b, least + i, sizeof b);
-            const I good = (a >= 0x800000) & (a < 0x7f800000);
-            const F span = log2(fl(good ? a : every(0x3f800000))) - log2(fl(good ? b + 0x800000 : every(0x3f800000)));
-            const F k = smaller(size_above(16 * range / size_above(span, 0x1p-126f), 2), all(128));
-            for (int l = 0; l < WIDTH; l++) power[i + l] = good[l] ? uint8_t(k[l]) : 16;
-        }
-    }
-    struct Decoder {
-        F s, e[16 / WIDTH], m[16 / WIDTH]; const uint8_t* planes;
-        Decoder(const Expanded& t, const Moment& v, int64_t i, float times) : s(all(v.scales[i] * times)), planes(t.planes + 128 * std::min<int>(v.powers[i], 128)) {
-            const float* p = t.values + 32 * std::min<int>(v.powers[i], 128);
-            memcpy(e, p, 64); memcpy(m, p + 16, 64);
-        }
-#if WIDTH == 8
-        struct Planes {                                                    // the four bytes of sixteen numbers, in both halves
-            __m256i b[4];
-            Planes(const uint8_t* p) { for (int i = 0; i < 4; i++) b[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p + i)); }
-            INLINE void look(__m256i i, __m256i sign, F* y) const {               // 32 numbers, by bytes that lie as `ahead` puts them
-                const __m256i p = _mm256_shuffle_epi8(b[0], i), q = _mm256_shuffle_epi8(b[1], i), r = _mm256_shuffle_epi8(b[2], i), s = _mm256_or_si256(_mm256_shuffle_epi8(b[3], i), sign);
-                const __m256i low = _mm256_unpacklo_epi8(p, q), low2 = _mm256_unpacklo_epi8(r, s), high = _mm256_unpackhi_epi8(p, q), high2 = _mm256_unpackhi_epi8(r, s);
-                y[0] = (F)_mm256_unpacklo_epi16(low, low2); y[1] = (F)_mm256_unpackhi_epi16(low, low2); y[2] = (F)_mm256_unpacklo_epi16(high, high2); y[3] = (F)_mm256_unpackhi_epi16(high, high2);
-            }
-        };
-        void ahead(const uint8_t* codes, int n, float* x) const {          // all of a block, 32 at a time
-            const Planes E(planes), M(planes + 64);
-            const __m256i seven = _mm256_set1_epi8(7), top = _mm256_set1_epi8(120), zero = _mm256_setzero_si256();
-            for (int k = 0; k < n; k += 32) {
-                alignas(32) uint8_t last[32] = {};
-                if (n - k < 32) memcpy(last, codes + k, n - k);
-                const __m256i c = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(n - k < 32 ? last : codes + k)), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-                const __m256i ex = _mm256_and_si256(c, top), i = _mm256_and_si256(_mm256_srli_epi16(ex, 3), _mm256_set1_epi8(15));
-                const __m256i f = _mm256_or_si256(_mm256_and_si256(c, seven), _mm256_and_si256(_mm256_cmpeq_epi8(ex, zero), _mm256_set1_epi8(8)));
-                F a[4], b[4];
-                E.look(i, zero, a); M.look(f, S ? _mm256_and_si256(c, _mm256_set1_epi8(-128)) : zero, b);
-                for (int q = 0; q < 4; q++) give(x + k + 8 * q, a[q] * b[q] * s, 8);
-            }
-        }
-#endif
-        F operator()(I c) const {
-            I x = c >> 3, f = (c & 7) | (((c & 120) == 0) & 8);
-            F v = look16(e, (const float*)e, x) * look16(m, (const float*)m, f) * s;
-            return S ? with_sign(v, c) : v;
-        }
-    };
-    struct Encoder {
-        const uint8_t* t; const uint16_t* steps; float r; int shift;
-        Encoder(const Expanded& x, Moment& m, int64_t i, float s, float r, uint8_t power) : t(x.borders + 768 * power), steps(x.steps + 1024 * power), r(r), shift(x.shifts[power]) { m.scales[i] = s; m.powers[i] = power; }
-        void rest(uint8_t* codes, const float* x, int n) const {
-            alignas(64) int32_t place[block];
-            for (int k = 0; k < n; k += WIDTH) {
-                const F v = take(x + k, WIDTH);
-                const I u = (0x3f800001 - bits(size(v) * r)) >> shift, p = (u < 65535 ? u : every(65535)) | (S ? bits(v) & INT32_MIN : I{});
-                memcpy(place + k, &p, sizeof p);
-            }
-            for (int k = 0; k < n; k++) codes[k] = uint8_t((steps[place[k] >> 6 & 1023] - (place[k] & 63)) >> 6 | (place[k] >> 24 & 128));
-        }
-#if WIDTH == 8
-        struct Places { alignas(32) uint16_t low[block], stretch[block]; alignas(32) uint8_t sign[block]; };
-        INLINE void places(const float* x, int n, Places& to) const {             // of whole 32s; numbers lie as packing puts them
-            const __m256i few = _mm256_set1_epi16(63), size = _mm256_set1_epi32(INT32_MAX), one = _mm256_set1_epi32(0x3f800001);
-            const __m256 times = _mm256_set1_ps(r); const __m128i by = _mm_cvtsi32_si128(shift);
-            for (int k = 0; k < n; k += 32) {
-                __m256i v[4], p[4];
-                for (int i = 0; i < 4; i++) {
-                    v[i] = _mm256_load_si256((const __m256i*)(x + k) + i);
-                    __m256i y = (__m256i)_mm256_mul_ps((__m256)v[i], times);
-                    if (S) y = _mm256_and_si256(y, size);
-                    p[i] = _mm256_srl_epi32(_mm256_sub_epi32(one, y), by);
-                }
-                for (int i = 0; i < 2; i++) {
-                    const __m256i q = _mm256_packus_epi32(p[2 * i], p[2 * i + 1]);
-                    _mm256_store_si256((__m256i*)(to.low + k) + i, _mm256_and_si256(q, few)); _mm256_store_si256((__m256i*)(to.stretch + k) + i, _mm256_srli_epi16(q, 6));
-                }
-                if (S) _mm256_store_si256((__m256i*)(to.sign + k), in_order(_mm256_and_si256(_mm256_set1_epi8(-128), _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3])))));
-            }
-        }
-        INLINE __m128i eight_codes(const Places& p, int k) const {
-            uint64_t a, b; memcpy(&a, p.stretch + k, 8); memcpy(&b, p.stretch + k + 4, 8);
-            __m128i e = _mm_cvtsi32_si128(steps[a & 0xffff]);
-            e = _mm_insert_epi16(e, steps[a >> 16 & 0xffff], 1); e = _mm_insert_epi16(e, steps[a >> 32 & 0xffff], 2); e = _mm_insert_epi16(e, steps[a >> 48], 3);
-            e = _mm_insert_epi16(e, steps[b & 0xffff], 4); e = _mm_insert_epi16(e, steps[b >> 16 & 0xffff], 5); e = _mm_insert_epi16(e, steps[b >> 32 & 0xffff], 6); e = _mm_insert_epi16(e, steps[b >> 48], 7);
-            return _mm_srli_epi16(_mm_sub_epi16(e, *(const __m128i*)(p.low + k)), 6);
-        }
-        INLINE void put(uint8_t* codes, const __m128i* e, const Places& p, int k) const {     // 32 of them
-            const __m128i a = _mm_packus_epi16(e[0], e[2]), b = _mm_packus_epi16(e[1], e[3]);
-            __m128i c = _mm_unpacklo_epi32(a, b), d = _mm_unpackhi_epi32(a, b);
-            if (S) { c = _mm_or_si128(c, *(const __m128i*)(p.sign + k)); d = _mm_or_si128(d, *(const __m128i*)(p.sign + k + 16)); }
-            _mm_storeu_si128((__m128i*)(codes + k), c); _mm_storeu_si128((__m128i*)(codes + k) + 1, d);
-        }
-        int most(uint8_t* codes, const float* x, int n) const {            // whole 32s
-            Places p; places(x, n &= ~31, p);
-            for (int k = 0; k < n; k += 32) { const __m128i e[] = {eight_codes(p, k), eight_codes(p, k + 8), eight_codes(p, k + 16), eight_codes(p, k + 24)}; put(codes, e, p, k); }
-            return n;
-        }
-#endif
-#if WIDTH == 16
-        __m512i operator()(const F* x) const {
-            const __m512i* T = (const __m512i*)t;
-            I u[4];
-            for (int i = 0; i < 4; i++) u[i] = (0x3f800001 - bits((S ? size(x[i]) : x[i]) * r)) >> shift;
-            const __m512i a = _mm512_packus_epi32((__m512i)u[0], (__m512i)u[1]), b = _mm512_packus_epi32((__m512i)u[2], (__m512i)u[3]);
-            const __m512i low = _mm512_permutex2var_epi8(a, even(), b), h = _mm512_permutex2var_epi8(a, _mm512_or_si512(even(), _mm512_set1_epi8(1)), b);
-            __m512i c = look256(T, h);
-            c = _mm512_mask_sub_epi8(c, _mm512_cmpgt_epu8_mask(low, look256(T + 4, h)), c, _mm512_set1_epi8(1));
-            c = _mm512_mask_sub_epi8(c, _mm512_cmpgt_epu8_mask(low, look256(T + 8, h)), c, _mm512_set1_epi8(1));
-            return S ? _mm512_ternarylogic_epi32(c, byte(3, (const I*)x), _mm512_set1_epi8(-128), 0xf8) : c;
-        }
-        static __m512i even() {                                            // where packing put the low bytes of 64 numbers
-            alignas(64) uint8_t i[64];
-            for (int k = 0; k < 64; k++) i[k] = uint8_t(64 * (k / 32) + 16 * (k % 16 / 4) + 8 * (k / 16 % 2) + 2 * (k % 4));
-            return _mm512_load_si512(i);
-        }
-#endif
-    };
+    static int step(int32_t, uint32_t) { return 0; }                       // has none
 };
 
 #if WIDTH < 16                                                             // the processors that have more run the text for AVX2
 static const struct Inverses { int of[33]; Inverses() { for (int p = 1; p < 33; p++) of[p] = std::min((65536 / p + 1) / 2, 32767); } } inverses;
-template <bool S> struct Log {
-    static const int block = 256, spans = true, N = S ? 127 : 255;
-    Log(const Job&) {}
-    static int power(int32_t top, uint32_t least) {                    // the step
+template <bool S, int N> struct Even {                                     // at most N even steps of the logarithm
+    static const int block = 256;
+    Even(const Job&) {}
+    static int step(int32_t top, uint32_t least) {
         const int T = top >> 16, L = int((least + 0x800000) >> 16);
         return top >= 0x7f800000 ? 1 : std::max(1, std::min({(T - L + N - 2) / (N - 1), T >> 8, 32}));
     }
-    void powers(const int32_t* top, const uint32_t* least, uint8_t* p, int n) const { for (int i = 0; i < n; i++) p[i] = uint8_t(power(top[i], least[i])); }
     struct Decoder {
         uint32_t base, p; F times;                                         // NaN where the scale is, or infinite
 #if WIDTH == 8
         __m256i base16, p16, low16;
 #endif
-        Decoder(const Log&, const Moment& m, int64_t i, float times) : p(m.powers[i]), times(all(times + 0 * m.scales[i])) {
+        Decoder(const Even&, const Moment& m, int64_t i, float times) : p(m.steps[i]), times(all(times + 0 * m.scales[i])) {
             memcpy(&base, m.scales + i, 4);
             base -= N * p << 16;
 #if WIDTH == 8
@@ -461,14 +312,14 @@ template <bool S> struct Log {
 #endif
         }
         F operator()(I c) const {
-            const U u = base + ((U)(S ? larger(c, -c) : c) * p << 16);
-            return fl(bits(with_sign((F)u, S ? c : I{})) & (c != 0)) * times;
+            const I n = S ? c & 127 : c;
+            return fl(bits(with_sign((F)(base + ((U)n * p << 16)), S ? c : I{})) & (n != 0)) * times;
         }
 #if WIDTH == 8
         INLINE void two(const uint8_t* codes, F* y) const {                // vectors of numbers
             const __m128i x = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i*)codes), 0xd8);
-            const __m256i c = S ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x), none = _mm256_cmpeq_epi16(c, _mm256_setzero_si256());
-            __m256i h = _mm256_add_epi16(_mm256_mullo_epi16(S ? _mm256_abs_epi16(c) : c, p16), base16);
+            const __m256i c = S ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x), n = S ? _mm256_and_si256(c, _mm256_set1_epi16(127)) : c, none = _mm256_cmpeq_epi16(n, _mm256_setzero_si256());
+            __m256i h = _mm256_add_epi16(_mm256_mullo_epi16(n, p16), base16);
             if (S) h = _mm256_xor_si256(h, _mm256_and_si256(c, _mm256_set1_epi16(INT16_MIN)));
             h = _mm256_andnot_si256(none, h);
             const __m256i l = _mm256_andnot_si256(none, low16);
@@ -480,28 +331,29 @@ template <bool S> struct Log {
     };
     struct Encoder {
         int T, p, inverse; float r;                                        // r is 0 where nothing is kept
-        Encoder(const Log&, Moment& m, int64_t i, float s, float r, uint8_t power) : p(power), inverse(inverses.of[p]), r(r) {
+        Encoder(const Even&, Moment& m, int64_t i, float s, float r, int step) : p(step), inverse(inverses.of[p]), r(r) {
             int32_t b; memcpy(&b, &s, 4);
             T = b >> 16;
             if (T < 256) s = this->r = 0;
-            m.scales[i] = s; m.powers[i] = power;
+            m.scales[i] = s; m.steps[i] = uint8_t(step);
         }
         I operator()(F x) const {                                          // the code is the last byte
             const I h = bits(x) >> 16, a = h & 0x7fff, k = N - (((T - a) * inverse + 16384) >> 15), c = larger(k, every(1));
-            return S ? times_sign(c & (k >= 1 - 128 / p), h) : c & (h > 127);
+            return S ? (c & (k >= 1 - 128 / p)) | (h >> 8 & 128) : c & (h > 127);
         }
         void rest(uint8_t* codes, const float* x, int n) const { for (int k = 0; k < n; k += WIDTH) give(codes + k, (*this)(take(x + k, WIDTH)), n - k); }
 #if WIDTH == 8
-        INLINE __m256i two(const float* x) const {                         // codes of sixteen numbers, those of the first eight and the others in turns
-            const __m256i h = _mm256_blend_epi16(_mm256_srli_epi32(*(const __m256i*)x, 16), *(const __m256i*)(x + 8), 0xaa);
+        static INLINE __m256i upper(const float* x) { return _mm256_blend_epi16(_mm256_srli_epi32(*(const __m256i*)x, 16), *(const __m256i*)(x + 8), 0xaa); }      // halves of sixteen numbers, those of the first eight and the others in turns
+        INLINE __m256i two(__m256i h) const {                              // steps of sixteen numbers
             const __m256i t = _mm256_sub_epi16(_mm256_set1_epi16(int16_t(T)), S ? _mm256_and_si256(h, _mm256_set1_epi16(INT16_MAX)) : h);
             const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(N), _mm256_mulhrs_epi16(t, _mm256_set1_epi16(int16_t(inverse))));
-            __m256i c = _mm256_max_epi16(k, _mm256_set1_epi16(1));
-            if (S) c = _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(1 - 128 / p)), k), c);
-            return _mm256_sign_epi16(c, S ? h : _mm256_subs_epi16(h, _mm256_set1_epi16(127)));      // without a sign, below 0 is what packing makes 0
+            const __m256i c = _mm256_max_epi16(k, _mm256_set1_epi16(1));
+            return S ? _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(1 - 128 / p)), k), c) : _mm256_sign_epi16(c, _mm256_subs_epi16(h, _mm256_set1_epi16(127)));      // what is below 0, packing makes 0
         }
         INLINE void four(uint8_t* codes, const float* x, int k) const {    // vectors
-            const __m256i a = two(x + k), b = two(x + k + 16), c = S ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
+            const __m256i a = upper(x + k), b = upper(x + k + 16);
+            __m256i c = _mm256_packus_epi16(two(a), two(b));
+            if (S) c = _mm256_or_si256(c, _mm256_and_si256(_mm256_packs_epi16(a, b), _mm256_set1_epi8(-128)));
             const __m128i turns = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
             _mm256_storeu_si256((__m256i*)(codes + k), in_order(_mm256_shuffle_epi8(c, _mm256_broadcastsi128_si256(turns))));
         }
@@ -514,6 +366,8 @@ template <bool S> struct Log {
 #endif
     };
 };
+template <bool S> using Expanded = Even<S, 126>;
+template <bool S> using Log = Even<S, S ? 126 : 255>;
 #endif
 
 template <class V, class O> static inline auto across(V a, O f) {
@@ -533,56 +387,49 @@ template <class E> static void store(uint8_t* codes, const E& e, const float* x,
 }
 
 template <bool S, bool both> struct Extremes {                             // of magnitudes, as integers, which are ordered alike; NaN is above all
-    U top = {}, least = (U)every(-1);                                      // less 2²³, so that what is too small comes last
+    U tops = {}, leasts = (U)every(-1);                                    // less 2²³, so that what is too small comes last
     void see(F x) {
         const U a = (U)(S ? size(x) : x);
-        top = a > top ? a : top;
-        if (both) least = smaller(least, a - 0x800000);
+        tops = a > tops ? a : tops;
+        if (both) leasts = smaller(leasts, a - 0x800000);
     }
+    int32_t top() const { return across(tops, [](U a, U b) { return a > b ? a : b; }) & INT32_MAX; }
+    uint32_t least() const { return across(leasts, [](U a, U b) { return smaller(a, b); }); }
 };
 
-static inline void scale(int32_t top, float& s, float& r) {                // of a block, and its inverse
-    memcpy(&s, &top, 4); r = 0;
+template <class Format> static inline typename Format::Encoder encoder(const Format& f, Moment& m, int64_t i, int32_t top, uint32_t least = 0) {      // of the i-th block, whose scale and step are kept
+    float s, r = 0; memcpy(&s, &top, 4);
     if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
     if (s > 0x1p126f) r = std::nextafter(r, 0.f);
+    return typename Format::Encoder(f, m, i, s, r, f.step(top, least));
 }
+template <class E> static void encode(uint8_t* codes, const E& e, const float* x, int n) { if (e.r == 0) memset(codes, 0, n); else store(codes, e, x, n); }
 
 static INLINE inline void move(const Job& j, int64_t at, F x, F y, int l) { give(j.w + at, take(j.w + at, l) * j.keep - x * j.step / (root(y) + j.eps), l); }
 
 #if WIDTH == 8
-template <class M, class V, class W> static INLINE inline int together(const Tree<true>&, const M& em, const V& ev, uint8_t* mc, uint8_t* vc, const float* x, const float* y, int n, W& weights) {      // whole 32s of both moments and the weights
-    typename M::Places p; typename V::Places q; n &= ~31;
-    for (int k = 0; k < n; k += 8) { em.place(p, x, k); weights.root(k); }
-    for (int k = 0; k < n; k += 32) { em.four(mc, p, x, k); FOUR weights.move(k + 8 * i); }
-    for (int k = 0; k < n; k += 8) ev.place(q, y, k);
-    for (int k = 0; k < n; k += 32) ev.four(vc, q, y, k);
-    return n;
-}
-template <class M, class V, class W> static INLINE inline int together(const Expanded<true>&, const M& em, const V& ev, uint8_t* mc, uint8_t* vc, const float* x, const float* y, int n, W& weights) {
-    typename M::Places p; typename V::Places q;
-    em.places(x, n &= ~31, p); ev.places(y, n, q);
-    for (int k = 0; k < n; k += 32) {
-        __m128i a[4], b[4];
-        FOUR { weights.root(k + 8 * i); a[i] = em.eight_codes(p, k + 8 * i); }
-        FOUR { weights.move(k + 8 * i); b[i] = ev.eight_codes(q, k + 8 * i); }
-        em.put(mc, a, p, k); ev.put(vc, b, q, k);
-    }
-    return n;
-}
 struct Weights {                                                           // in two parts, between which there is time
     float *w; const float *x, *y; float keep, step, eps;
     alignas(32) float d[256];
     INLINE void root(int k) { give(d + k, SET::root(*(const F*)(y + k)) + eps, 8); }
     INLINE void move(int k) { give(w + k, take(w + k, 8) * keep - *(const F*)(x + k) * step / *(const F*)(d + k), 8); }
 };
+static INLINE inline int together(const Tree<true>::Encoder& em, const Tree<false>::Encoder& ev, uint8_t* mc, uint8_t* vc, const float* x, const float* y, int n, Weights& weights) {      // whole 32s of both moments and the weights
+    Tree<true>::Encoder::Places p; Tree<false>::Encoder::Places q; n &= ~31;
+    for (int k = 0; k < n; k += 8) { em.place(p, x, k); weights.root(k); }
+    for (int k = 0; k < n; k += 32) { em.four(mc, p, x, k); FOUR weights.move(k + 8 * i); }
+    for (int k = 0; k < n; k += 8) ev.place(q, y, k);
+    for (int k = 0; k < n; k += 32) ev.four(vc, q, y, k);
+    return n;
+}
 #endif
 
-template <template <bool> class Format> struct Unit {                      // some blocks of new moments, not yet encoded
-    static const int block = Format<true>::block, most = 1024 / block;
+struct Unit {                                                              // four blocks of new moments, not yet in a tree
+    static const int block = 256, most = 4;
     alignas(64) float M[1024], V[1024];
     int64_t at[most], first;
     int n[most], count;
-    alignas(64) int32_t top[2][most] = {}; alignas(64) uint32_t least[2][most] = {}; uint8_t power[2][most];
+    int32_t top[2][most];
     Unit(const Job& j, int64_t blocks, int64_t first, int64_t last) : first(first), count(int(std::min<int64_t>(most, last - first))) {
         int64_t row = first / blocks, c = first % blocks * block;
         for (int k = 0; k < count; k++) {
@@ -590,36 +437,27 @@ template <template <bool> class Format> struct Unit {                      // so
             if ((c += block) >= j.columns) c = 0, row++;
         }
     }
-    template <class E> void see(int z, int k, const E& e) {
-        top[z][k] = across(e.top, [](U a, U b) { return a > b ? a : b; }) & INT32_MAX;
-        least[z][k] = across(e.least, [](U a, U b) { return smaller(a, b); });
-    }
-    template <bool S> typename Format<S>::Encoder encoder(Moment& m, const Format<S>& f, int k, int z) const {
-        float s, r; scale(top[z][k], s, r);
-        return typename Format<S>::Encoder(f, m, first + k, s, r, power[z][k]);
-    }
-    template <class E> void encode(uint8_t* codes, const E& e, const float* x, int k, int from = 0) const { if (e.r == 0) memset(codes + at[k] + from, 0, n[k] - from); else store(codes + at[k] + from, e, x + k * block + from, n[k] - from); }
-    template <bool S> void encode(Moment m, const Format<S>& f, const float* x, int z) const { for (int k = 0; k < count; k++) encode(m.codes, encoder(m, f, k, z), x, k); }
+    template <bool S> void encode(Moment m, const Tree<S>& f, const float* x, int z) const { for (int k = 0; k < count; k++) SET::encode(m.codes + at[k], encoder(f, m, first + k, top[z][k]), x + k * block, n[k]); }
 #if WIDTH == 8
-    void finish(const Job& j, const Format<true>& one, const Format<false>& two) const {       // both moments and the weights in one walk: the root and the quotient wait for nothing, and nothing for them
+    void finish(const Job& j, const Tree<true>& one, const Tree<false>& two) const {       // both moments and the weights in one walk: the root and the quotient wait for nothing, and nothing for them
         Moment m = j.m, v = j.v;
         for (int k = 0; k < count; k++) {
-            const auto em = encoder(m, one, k, 0); const auto ev = encoder(v, two, k, 1);
-            const float *x = M + k * block, *y = V + k * block;
+            const auto em = encoder(one, m, first + k, top[0][k]); const auto ev = encoder(two, v, first + k, top[1][k]);
+            const float *x = M + k * block, *y = V + k * block; uint8_t *mc = m.codes + at[k], *vc = v.codes + at[k];
             Weights weights{j.w + at[k], x, y, j.keep, j.step, j.eps};
-            const int done = em.r && ev.r ? together(one, em, ev, m.codes + at[k], v.codes + at[k], x, y, n[k], weights) : 0;
+            const int done = em.r && ev.r ? together(em, ev, mc, vc, x, y, n[k], weights) : 0;
             for (int i = done; i < n[k]; i += WIDTH) move(j, at[k] + i, *(const F*)(x + i), *(const F*)(y + i), n[k] - i);
-            encode(m.codes, em, M, k, done); encode(v.codes, ev, V, k, done);
+            SET::encode(mc + done, em, x + done, n[k] - done); SET::encode(vc + done, ev, y + done, n[k] - done);
         }
     }
 #endif
 };
 
-template <template <bool> class Format, bool lion> static void update(const Job& j, const Format<true>& one, const Format<false>& two, Unit<Format>& u, int b) {
-    Extremes<true, Format<true>::spans> em; Extremes<false, Format<true>::spans> ev;
+template <bool lion> static void update(const Job& j, const Tree<true>& one, const Tree<false>& two, Unit& u, int b) {
+    Extremes<true, false> em; Extremes<false, false> ev;
     const Moment m = j.m, v = j.v;
-    const typename Format<true>::Decoder dm(one, m, u.first + b, lion ? 1 : j.beta1);
-    const typename Format<false>::Decoder dv(two, lion ? m : v, u.first + b, j.beta2);
+    const Tree<true>::Decoder dm(one, m, u.first + b, lion ? 1 : j.beta1);
+    const Tree<false>::Decoder dv(two, lion ? m : v, u.first + b, j.beta2);
     const int64_t at = u.at[b];
     float *const w = j.w + at; const float* const g = j.g + at;
     float *const M = u.M + b * u.block, *const V = u.V + b * u.block;
@@ -645,25 +483,16 @@ template <template <bool> class Format, bool lion> static void update(const Job&
     each(u.n[b], [&](int64_t k, int l) INLINE {
         one_vector(k, l, ahead ? take(M + k, WIDTH) : dm(take<true>(m.codes + at + k, l)), lion ? F{} : ahead ? take(V + k, WIDTH) : dv(take<false>(v.codes + at + k, l)));
     });
-    u.see(0, b, em);
-    if (!lion) u.see(1, b, ev);
+    u.top[0][b] = em.top();
+    if (!lion) u.top[1][b] = ev.top();
 }
 
-static inline void fetch(const Job& j, int64_t at, bool lion) {            // 128 weights and what belongs to them
-    for (int k = 0; k < 128; k += 16) { __builtin_prefetch(j.w + at + k); __builtin_prefetch(j.g + at + k); }
-    for (int k = 0; k < 128; k += 64) { __builtin_prefetch(j.m.codes + at + k); if (!lion) __builtin_prefetch(j.v.codes + at + k); }
-}
-
-template <template <bool> class Format, bool lion> static void some(const Job& j, int64_t first, int64_t last) {
-    const Format<true> one(j); const Format<false> two(j);
-    const int64_t blocks = (j.columns + one.block - 1) / one.block;
-    for (int64_t i = first * blocks; i < last * blocks; i += Unit<Format>::most) {
-        Unit<Format> u(j, blocks, i, last * blocks);
-        for (int b = 0; b < u.count; b++) {
-            if (one.block == 128) fetch(j, u.at[b] + 1024, lion);          // the others do without
-            update<Format, lion>(j, one, two, u, b);
-        }
-        one.powers(u.top[0], u.least[0], u.power[0], 2 * u.most);
+template <bool lion> static void trees(const Job& j, int64_t first, int64_t last) {
+    const Tree<true> one(j); const Tree<false> two(j);
+    const int64_t blocks = (j.columns + 255) / 256;
+    for (int64_t i = first * blocks; i < last * blocks; i += Unit::most) {
+        Unit u(j, blocks, i, last * blocks);
+        for (int b = 0; b < u.count; b++) update<lion>(j, one, two, u, b);
 #if WIDTH == 8
         if (!lion) { u.finish(j, one, two); continue; }
 #endif
@@ -673,9 +502,9 @@ template <template <bool> class Format, bool lion> static void some(const Job& j
 }
 
 #if WIDTH < 16
-template <bool lion> static void logs(const Job& j, int64_t first, int64_t last) {         // `some`, for a format whose numbers cost less than what is kept of them
+template <template <bool> class Format, bool lion> static void logs(const Job& j, int64_t first, int64_t last) {      // FP8 or logarithms
     alignas(64) float X[256], Y[256], D[256];
-    const Log<true> one(j); const Log<false> two(j);
+    const Format<true> one(j); const Format<false> two(j);
     int64_t i = first * ((j.columns + 255) / 256);
     Moment m = j.m, v = lion ? j.m : j.v;
     const float beta1 = j.beta1, fresh1 = j.fresh1, beta2 = j.beta2, fresh2 = j.fresh2, keep = j.keep, step = j.step, eps = j.eps;
@@ -683,7 +512,7 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
         const int n = size, whole = n & -4 * WIDTH;
         float *const w = j.w + at; const float* const g = j.g + at;
         if (!lion) for (int k = 256; k < 512; k += 16) __builtin_prefetch(w + k), __builtin_prefetch(g + k);        // the next block's; Lion is quicker without
-        const Log<true>::Decoder dm(one, m, i, lion ? 1 : beta1); const Log<false>::Decoder dv(two, v, i, beta2);
+        const typename Format<true>::Decoder dm(one, m, i, lion ? 1 : beta1); const typename Format<false>::Decoder dv(two, v, i, beta2);
         Extremes<true, true> em; Extremes<false, true> ev;
         const auto update = [&](int64_t k, int l, F x, F y) INLINE {
             const F d = take(g + k, l);
@@ -704,17 +533,11 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
             update(k, WIDTH, x[0], y[0]); update(k + WIDTH, WIDTH, x[1], y[1]);
         }
         each(n, [&](int64_t k, int l) INLINE { update(k, l, dm(take<true>(m.codes + at + k, l)), lion ? F{} : dv(take<false>(v.codes + at + k, l))); }, whole);
-        const auto encoder = [&](const auto& log, Moment& m, const auto& e) {
-            float s, r;
-            const int32_t top = across(e.top, [](U a, U b) { return a > b ? a : b; }) & INT32_MAX;
-            scale(top, s, r);
-            return typename std::decay_t<decltype(log)>::Encoder(log, m, i, s, r, log.power(top, across(e.least, [](U a, U b) { return smaller(a, b); })));
-        };
-        const auto cm = encoder(one, m, em);
+        const auto cm = encoder(one, m, i, em.top(), em.least());
         if constexpr (lion) for (int k = 0; k < whole; k += 4 * WIDTH) cm.four(m.codes + at, X, k);
         else {
             const auto move = [&](int64_t k, int l) INLINE { give(w + k, take(w + k, l) * keep - *(const F*)(X + k) * step / *(const F*)(D + k), l); };
-            const auto cv = encoder(two, v, ev);
+            const auto cv = encoder(two, v, i, ev.top(), ev.least());
             for (int k = 0; k < whole; k += 4 * WIDTH) { FOUR move(k + WIDTH * i, WIDTH); cm.four(m.codes + at, X, k); cv.four(v.codes + at, Y, k); }
             each(n, move, whole);
             cv.rest(v.codes + at + whole, Y + whole, n - whole);
@@ -731,38 +554,37 @@ template <bool lion> static void logs(const Job& j, int64_t first, int64_t last)
 #endif
 
 static void rows(const Job& j, int64_t first, int64_t last) {
-    if (j.kind == 1) j.lion ? some<Expanded, true>(j, first, last) : some<Expanded, false>(j, first, last);
 #if WIDTH < 16
-    else if (j.kind == 2) j.lion ? logs<true>(j, first, last) : logs<false>(j, first, last);
+    if (j.kind == 1) return j.lion ? logs<Expanded, true>(j, first, last) : logs<Expanded, false>(j, first, last);
+    if (j.kind == 2) return j.lion ? logs<Log, true>(j, first, last) : logs<Log, false>(j, first, last);
 #endif
-    else j.lion ? some<Tree, true>(j, first, last) : some<Tree, false>(j, first, last);
+    j.lion ? trees<true>(j, first, last) : trees<false>(j, first, last);
 }
 
-template <template <bool> class Format, bool S> static void one_way(const Job& j, float* x, int64_t rows, bool decode) {
-    const Format<S> t(j);
-    const int64_t b = Format<S>::block, blocks = (j.columns + b - 1) / b;
+template <class Format, bool S> static void one_way(const Job& j, float* x, int64_t rows, bool decode) {
+    const Format f(j);
+    const int64_t b = Format::block, blocks = (j.columns + b - 1) / b;
+    Moment m = j.m;
     for (int64_t i = 0; i < rows * blocks; i++) {
         const int64_t at = i / blocks * j.columns + i % blocks * b;
         const int n = int(std::min(b, j.columns - i % blocks * b));
         if (decode) {
-            const typename Format<S>::Decoder d(t, j.m, i, 1);
-            each(n, [&](int64_t k, int l) INLINE { give(x + at + k, d(take<S>(j.m.codes + at + k, l)), l); });
+            const typename Format::Decoder d(f, m, i, 1);
+            each(n, [&](int64_t k, int l) INLINE { give(x + at + k, d(take<S>(m.codes + at + k, l)), l); });
             continue;
         }
-        Unit<Format> u(j, blocks, i, i + 1); Extremes<true, true> e;
-        each(n, [&](int64_t k, int l) INLINE { F y = take(x + at + k, l); give(u.M + k, y, WIDTH); e.see(y); });
-        u.see(0, 0, e);
-        t.powers(u.top[0], u.least[0], u.power[0], u.most);
-        u.encode(j.m, t, u.M, 0);
+        alignas(64) float y[b]; Extremes<true, true> e;
+        each(n, [&](int64_t k, int l) INLINE { F v = take(x + at + k, l); give(y + k, v, WIDTH); e.see(v); });
+        encode(m.codes + at, encoder(f, m, i, e.top(), e.least()), y, n);
     }
 }
 
 static void recode(const Job& j, float* x, int64_t rows, bool is_signed, bool decode) {
-    if (j.kind == 1) is_signed ? one_way<Expanded, true>(j, x, rows, decode) : one_way<Expanded, false>(j, x, rows, decode);
 #if WIDTH < 16
-    else if (j.kind == 2) is_signed ? one_way<Log, true>(j, x, rows, decode) : one_way<Log, false>(j, x, rows, decode);
+    if (j.kind == 1) return is_signed ? one_way<Expanded<true>, true>(j, x, rows, decode) : one_way<Expanded<false>, false>(j, x, rows, decode);
+    if (j.kind == 2) return is_signed ? one_way<Log<true>, true>(j, x, rows, decode) : one_way<Log<false>, false>(j, x, rows, decode);
 #endif
-    else is_signed ? one_way<Tree, true>(j, x, rows, decode) : one_way<Tree, false>(j, x, rows, decode);
+    is_signed ? one_way<Tree<true>, true>(j, x, rows, decode) : one_way<Tree<false>, false>(j, x, rows, decode);
 }
 }
 #endif
