@@ -87,25 +87,25 @@ def lion(module, device, n, dtype, state, exact):
     module.naive(a[0], g, *a[1:], 0.1), module.fast(b[0], g.to(device), *b[1:], 0.1)
     assert torch.equal(a[0].isnan(), b[0].cpu().isnan()) and a[0].isnan().any()
 
-LOGS = [(1, 1, torch.float32), (3, 255, torch.bfloat16), (2, 600, torch.float32), (2, 257, torch.float16)]
+LOGS = [("Log", 1, 1, torch.float32), ("Log", 3, 255, torch.bfloat16), ("Log", 2, 600, torch.float32), ("Log", 2, 257, torch.float16), ("Expanded", 3, 300, torch.float32)]
 
-def logarithms(module, device, R, C, dtype, exact):
+def logarithms(module, device, form, R, C, dtype, exact):
     "AdamW and Lion: bit for bit in the interpreter; where products may be contracted, codes but for a few by one."
     from paretolab.kernels import state_steps
-    from paretolab.optimizers.state_codes import Log
-    torch.manual_seed(C)
+    from paretolab.optimizers import state_codes
+    torch.manual_seed(C); form = getattr(state_codes, form)()
     numbers = dict(beta1=0.9, fresh1=0.1, beta2=0.95, fresh2=0.05, keep=0.99, step=0.1)
     for moments, rule, more in (((True, False), state_steps._adamw, dict(eps=1e-8)), ((True,), state_steps._lion, {})):
-        a = [torch.randn(R, C).to(dtype), *(Log().encode(torch.zeros(R, C), s) for s in moments)]
+        a = [torch.randn(R, C).to(dtype), *(form.encode(torch.zeros(R, C), s) for s in moments)]
         b = [a[0].clone().to(device), *(tuple(t.clone().to(device) for t in x) for x in a[1:])]
         for t in range(5):
             g = (torch.randn(R, C)*torch.exp2(8*torch.randn(R, C)).clamp(1e-4, 1e4)).to(dtype)     # more octaves than steps of 32 places reach
             g[:, ::5] = 0
             if t == 3: g[0, -1] = torch.inf                               # a bad gradient is seen in the scale of its block, and in no other
             w = a[0].float()
-            rule(Log(), w, g.float(), *a[1:], **numbers, **more)
+            rule(form, w, g.float(), *a[1:], **numbers, **more)
             a[0].copy_(w)
-            module.log(b[0], g.to(device), *b[1:], *([] if more else [()]), **numbers, **more)
+            module.log(b[0], g.to(device), *b[1:], *([] if more else [()]), most=form.most[False], **numbers, **more)
             if t > 2: continue
             for x, y in zip([a[0], *(u for m in a[1:] for u in m)], [b[0], *(u for m in b[1:] for u in m)]):
                 far = (x.float() - y.cpu().float()).abs() > (0 if exact else 1 if x.dtype == torch.uint8 else 2**-6*x.float().abs() + 1e-6)

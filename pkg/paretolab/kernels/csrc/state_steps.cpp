@@ -255,7 +255,13 @@ template <bool S> struct Tree {
     };
     struct Encoder {
         const Tree& t; float r;
-        Encoder(const Tree& t, Moment& m, int64_t i, float s, float r, int) : t(t), r(r) { m.scales[i] = s; }
+        Encoder(const Tree& t, Moment& m, int64_t i, int32_t top, uint32_t) : t(t), r(0) {
+            float s; memcpy(&s, &top, 4);
+            if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
+            if (s > 0x1p126f) r = std::nextafter(r, 0.f);
+            m.scales[i] = s;
+        }
+        bool zero() const { return r == 0; }                               // nothing is kept
         I operator()(F x) const {                                          // the code is the last byte
             const F y = size_above(x * r, least);
             const I n = t.number(y);
@@ -287,18 +293,13 @@ template <bool S> struct Tree {
         INLINE void four(uint8_t* codes, const Places& p, const float* x, int k) const { _mm256_storeu_si256((__m256i*)(codes + k), bytes<S>(code(p, x, k), code(p, x, k + 8), code(p, x, k + 16), code(p, x, k + 24))); }
 #endif
     };
-    static int step(int32_t, uint32_t) { return 0; }                       // has none
 };
 
 #if WIDTH < 16                                                             // the processors that have more run the text for AVX2
-static const struct Inverses { int of[33]; Inverses() { for (int p = 1; p < 33; p++) of[p] = std::min((65536 / p + 1) / 2, 32767); } } inverses;
+static const struct Steps { int inverse[33], half[33]; Steps() { for (int p = 1; p < 33; p++) inverse[p] = std::min((65536 / p + 1) / 2, 32767), half[p] = 1 - 128 / p; } } steps;      // 2¹⁵/p, and half of the lowest level
 template <bool S, int N> struct Even {                                     // at most N even steps of the logarithm
     static const int block = 256;
     Even(const Job&) {}
-    static int step(int32_t top, uint32_t least) {
-        const int T = top >> 16, L = int((least + 0x800000) >> 16);
-        return top >= 0x7f800000 ? 1 : std::max(1, std::min({(T - L + N - 2) / (N - 1), T >> 8, 32}));
-    }
     struct Decoder {
         uint32_t base, p; F times;                                         // NaN where the scale is, or infinite
 #if WIDTH == 8
@@ -330,16 +331,18 @@ template <bool S, int N> struct Even {                                     // at
 #endif
     };
     struct Encoder {
-        int T, p, inverse; float r;                                        // r is 0 where nothing is kept
-        Encoder(const Even&, Moment& m, int64_t i, float s, float r, int step) : p(step), inverse(inverses.of[p]), r(r) {
-            int32_t b; memcpy(&b, &s, 4);
-            T = b >> 16;
-            if (T < 256) s = this->r = 0;
-            m.scales[i] = s; m.steps[i] = uint8_t(step);
+        int T, inverse, half;
+        Encoder(const Even&, Moment& m, int64_t i, int32_t top, uint32_t least) {
+            T = top < 0x7f800000 ? top >> 16 : 0;
+            const int p = std::max(1, std::min({(T - int((least + 0x800000) >> 16) + N - 2) / (N - 1), T >> 8, 32}));
+            inverse = steps.inverse[p]; half = steps.half[p];
+            if (top >= 0x7f800000) m.scales[i] = NAN; else if (zero()) m.scales[i] = 0; else memcpy(m.scales + i, &top, 4);
+            m.steps[i] = uint8_t(p);
         }
+        bool zero() const { return T < 256; }                              // nothing is kept
         I operator()(F x) const {                                          // the code is the last byte
             const I h = bits(x) >> 16, a = h & 0x7fff, k = N - (((T - a) * inverse + 16384) >> 15), c = larger(k, every(1));
-            return S ? (c & (k >= 1 - 128 / p)) | (h >> 8 & 128) : c & (h > 127);
+            return S ? (c & (k >= half)) | (h >> 8 & 128) : c & (h > 127);
         }
         void rest(uint8_t* codes, const float* x, int n) const { for (int k = 0; k < n; k += WIDTH) give(codes + k, (*this)(take(x + k, WIDTH)), n - k); }
 #if WIDTH == 8
@@ -348,7 +351,7 @@ template <bool S, int N> struct Even {                                     // at
             const __m256i t = _mm256_sub_epi16(_mm256_set1_epi16(int16_t(T)), S ? _mm256_and_si256(h, _mm256_set1_epi16(INT16_MAX)) : h);
             const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(N), _mm256_mulhrs_epi16(t, _mm256_set1_epi16(int16_t(inverse))));
             const __m256i c = _mm256_max_epi16(k, _mm256_set1_epi16(1));
-            return S ? _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(1 - 128 / p)), k), c) : _mm256_sign_epi16(c, _mm256_subs_epi16(h, _mm256_set1_epi16(127)));      // what is below 0, packing makes 0
+            return S ? _mm256_andnot_si256(_mm256_cmpgt_epi16(_mm256_set1_epi16(int16_t(half)), k), c) : _mm256_sign_epi16(c, _mm256_subs_epi16(h, _mm256_set1_epi16(127)));      // what is below 0, packing makes 0
         }
         INLINE void four(uint8_t* codes, const float* x, int k) const {    // vectors
             const __m256i a = upper(x + k), b = upper(x + k + 16);
@@ -397,13 +400,7 @@ template <bool S, bool both> struct Extremes {                             // of
     uint32_t least() const { return across(leasts, [](U a, U b) { return smaller(a, b); }); }
 };
 
-template <class Format> static inline typename Format::Encoder encoder(const Format& f, Moment& m, int64_t i, int32_t top, uint32_t least = 0) {      // of the i-th block, whose scale and step are kept
-    float s, r = 0; memcpy(&s, &top, 4);
-    if (top >= 0x7f800000) s = NAN; else if (top < 0x800000) s = 0; else r = 1 / s;
-    if (s > 0x1p126f) r = std::nextafter(r, 0.f);
-    return typename Format::Encoder(f, m, i, s, r, f.step(top, least));
-}
-template <class E> static void encode(uint8_t* codes, const E& e, const float* x, int n) { if (e.r == 0) memset(codes, 0, n); else store(codes, e, x, n); }
+template <class E> static void encode(uint8_t* codes, const E& e, const float* x, int n) { if (e.zero()) memset(codes, 0, n); else store(codes, e, x, n); }
 
 static INLINE inline void move(const Job& j, int64_t at, F x, F y, int l) { give(j.w + at, take(j.w + at, l) * j.keep - x * j.step / (root(y) + j.eps), l); }
 
@@ -437,15 +434,15 @@ struct Unit {                                                              // fo
             if ((c += block) >= j.columns) c = 0, row++;
         }
     }
-    template <bool S> void encode(Moment m, const Tree<S>& f, const float* x, int z) const { for (int k = 0; k < count; k++) SET::encode(m.codes + at[k], encoder(f, m, first + k, top[z][k]), x + k * block, n[k]); }
+    template <bool S> void encode(Moment m, const Tree<S>& f, const float* x, int z) const { for (int k = 0; k < count; k++) SET::encode(m.codes + at[k], typename Tree<S>::Encoder(f, m, first + k, top[z][k], 0), x + k * block, n[k]); }
 #if WIDTH == 8
     void finish(const Job& j, const Tree<true>& one, const Tree<false>& two) const {       // both moments and the weights in one walk: the root and the quotient wait for nothing, and nothing for them
         Moment m = j.m, v = j.v;
         for (int k = 0; k < count; k++) {
-            const auto em = encoder(one, m, first + k, top[0][k]); const auto ev = encoder(two, v, first + k, top[1][k]);
+            const Tree<true>::Encoder em(one, m, first + k, top[0][k], 0); const Tree<false>::Encoder ev(two, v, first + k, top[1][k], 0);
             const float *x = M + k * block, *y = V + k * block; uint8_t *mc = m.codes + at[k], *vc = v.codes + at[k];
             Weights weights{j.w + at[k], x, y, j.keep, j.step, j.eps};
-            const int done = em.r && ev.r ? together(em, ev, mc, vc, x, y, n[k], weights) : 0;
+            const int done = !em.zero() && !ev.zero() ? together(em, ev, mc, vc, x, y, n[k], weights) : 0;
             for (int i = done; i < n[k]; i += WIDTH) move(j, at[k] + i, *(const F*)(x + i), *(const F*)(y + i), n[k] - i);
             SET::encode(mc + done, em, x + done, n[k] - done); SET::encode(vc + done, ev, y + done, n[k] - done);
         }
@@ -533,18 +530,18 @@ template <template <bool> class Format, bool lion> static void logs(const Job& j
             update(k, WIDTH, x[0], y[0]); update(k + WIDTH, WIDTH, x[1], y[1]);
         }
         each(n, [&](int64_t k, int l) INLINE { update(k, l, dm(take<true>(m.codes + at + k, l)), lion ? F{} : dv(take<false>(v.codes + at + k, l))); }, whole);
-        const auto cm = encoder(one, m, i, em.top(), em.least());
+        const typename Format<true>::Encoder cm(one, m, i, em.top(), em.least());
         if constexpr (lion) for (int k = 0; k < whole; k += 4 * WIDTH) cm.four(m.codes + at, X, k);
         else {
             const auto move = [&](int64_t k, int l) INLINE { give(w + k, take(w + k, l) * keep - *(const F*)(X + k) * step / *(const F*)(D + k), l); };
-            const auto cv = encoder(two, v, i, ev.top(), ev.least());
+            const typename Format<false>::Encoder cv(two, v, i, ev.top(), ev.least());
             for (int k = 0; k < whole; k += 4 * WIDTH) { FOUR move(k + WIDTH * i, WIDTH); cm.four(m.codes + at, X, k); cv.four(v.codes + at, Y, k); }
             each(n, move, whole);
             cv.rest(v.codes + at + whole, Y + whole, n - whole);
-            if (cv.r == 0) memset(v.codes + at, 0, n);
+            if (cv.zero()) memset(v.codes + at, 0, n);
         }
         cm.rest(m.codes + at + whole, X + whole, n - whole);
-        if (cm.r == 0) memset(m.codes + at, 0, n);
+        if (cm.zero()) memset(m.codes + at, 0, n);
     };
     for (int64_t row = first; row < last; row++) for (int64_t column = 0; column < j.columns; column += 256, i++) {
         const int64_t at = row * j.columns + column, left = j.columns - column;
@@ -575,7 +572,7 @@ template <class Format, bool S> static void one_way(const Job& j, float* x, int6
         }
         alignas(64) float y[b]; Extremes<true, true> e;
         each(n, [&](int64_t k, int l) INLINE { F v = take(x + at + k, l); give(y + k, v, WIDTH); e.see(v); });
-        encode(m.codes + at, encoder(f, m, i, e.top(), e.least()), y, n);
+        encode(m.codes + at, typename Format::Encoder(f, m, i, e.top(), e.least()), y, n);
     }
 }
 
