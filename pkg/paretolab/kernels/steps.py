@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from . import native
 
-# %% ../../../nbs/kernels/steps.ipynb #c7cdf80f
-_types = dict(lion="iPPPPiffffff", sketch="piiippiipp", direction="piiippp", moments="pppiifffffpp", apply="ppiiiipf", apollo="pipiiffffff")
+# %% ../../../nbs/kernels/steps.ipynb #4a15c0f3
+_types = dict(lion="iPPPPiffffff", sketch="piiippiipp", dense="piiipipp", direction="piiippp", moments="pppiifffffpp", apply="ppiiiipf", apollo="pipiiffffff")
 _c = dict(p=ctypes.c_void_p, P=ctypes.c_void_p, i=ctypes.c_int64, f=ctypes.c_float)
 
 def _library(*tensors):
@@ -24,8 +24,8 @@ def _library(*tensors):
 def _call(lib, name, *args):
     "Tensors as pointers, then the number of threads."
     f = getattr(lib, name)
-    if f.argtypes is None: f.restype, f.argtypes = ctypes.c_int32 if name in ("sketch", "apollo") else None, [*map(_c.get, _types[name]), ctypes.c_int64]
-    if f(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], torch.get_num_threads()) == 0: raise MemoryError("there is no memory for the sums of a sketch of this rank; its matrix has not changed")
+    if f.argtypes is None: f.restype, f.argtypes = ctypes.c_int32 if name in ("sketch", "dense", "apollo") else None, [*map(_c.get, _types[name]), ctypes.c_int64]
+    if f(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], torch.get_num_threads()) == 0: raise MemoryError("there is no memory for the sums of a projection of this rank; its matrix has not changed")
 
 def _far(tensors): return sum(t.numel() for t in tensors) > 2**21               # more than a cache holds
 
@@ -65,7 +65,7 @@ class Sketch:
 # %% ../../../nbs/kernels/steps.ipynb #2275ad70
 def _row(P): return P.contiguous() if not isinstance(P, Sketch) else P.sign[0] if len(P.sign) == 1 else P.sign.sum(0) # of a projection of rank 1
 
-# %% ../../../nbs/kernels/steps.ipynb #85d2ea03
+# %% ../../../nbs/kernels/steps.ipynb #f1ebe7ed
 def project(
     G:Tensor, # gradient, (n, m)
     P, # projection, (r, m): a tensor or a `Sketch`
@@ -74,7 +74,9 @@ def project(
     if (tall := _tall(G)) is None or (lib := _library(G, P.sign if isinstance(P, Sketch) else P)) is None: return None
     n, m, r, c = *G.shape, len(P), G.new_empty(len(G))
     if (P.at if isinstance(P, Sketch) else P).shape[1] != m: raise ValueError(f"the projection has a column for each of the gradient's {m} (got {(P.at if isinstance(P, Sketch) else P).shape[1]})")
-    if r > 1 and not isinstance(P, Sketch): R = G @ P.mT; _call(lib, "direction", G, n, m, tall, None, None, c)
+    if r > 1 and not isinstance(P, Sketch):
+        if lib.multiplies(): R = G.new_empty(n, r); _call(lib, "dense", G, n, m, tall, P.contiguous(), r, R, c)
+        else: R = G @ P.mT; _call(lib, "direction", G, n, m, tall, None, None, c)
     elif r == 1: R = G.new_empty(n, 1); _call(lib, "direction", G, n, m, tall, _row(P), R, c)
     else: R = G.new_empty(n, r); _call(lib, "sketch", G, n, m, tall, P.at, P.sign, len(P.at), r, R, c)
     return R, c
@@ -105,7 +107,7 @@ def apply(
     _call(lib, "apply", W, G, *(W.shape if tall else W.mT.shape), (1 if tall else 2) if step.ndim else 0, _far([W]), step, keep)
     return True
 
-# %% ../../../nbs/kernels/steps.ipynb #43533d73
+# %% ../../../nbs/kernels/steps.ipynb #c08e40e8
 class _Matrix(ctypes.Structure):
     _fields_ = [*((k, ctypes.c_void_p) for k in ("w", "g", "at", "sign", "p", "R", "M", "V", "norm")), *((k, ctypes.c_int64) for k in ("n", "m", "tall", "s", "r")), ("lr", ctypes.c_float), ("keep", ctypes.c_float)]
 
@@ -117,15 +119,13 @@ def _fits(W, G, P, M, V, norm):
     if M.shape != (n, r) or V.shape != (n, r) or norm.numel() != 1: raise ValueError(f"both moments are {(n, r)} and the norm is one number (got {tuple(M.shape)}, {tuple(V.shape)} and {tuple(norm.shape)})")
 
 def _matrix(W, G, P, state, tall, rates, R):
-    "What C++ has to know of a matrix, and the tensors that have to live as long; R is made already if the projection is dense."
-    r, s, at, sign, row, (M, V, norm) = len(P), 0, None, None, None, state
-    if r == 1: row = _row(P); p = row.data_ptr()
-    else:
-        p = None
-        if isinstance(P, Sketch): s, at, sign = P.at.shape[0], P.at.data_ptr(), P.sign.data_ptr()
-    return _Matrix(W.data_ptr(), G.data_ptr(), at, sign, p, R.data_ptr(), M.data_ptr(), V.data_ptr(), norm.data_ptr(), *G.shape, tall, s, r, *rates), (P, row, R)
+    "What C++ has to know of a matrix, and the tensors that have to live as long; without a projection, R is made already."
+    s, at, sign, p, (M, V, norm) = 0, None, None, None, state
+    if isinstance(P, Sketch) and len(P) > 1: s, at, sign = P.at.shape[0], P.at.data_ptr(), P.sign.data_ptr()
+    elif P is not None: P = _row(P) if len(P) == 1 else P.contiguous(); p = P.data_ptr()
+    return _Matrix(W.data_ptr(), G.data_ptr(), at, sign, p, R.data_ptr(), M.data_ptr(), V.data_ptr(), norm.data_ptr(), *G.shape, tall, s, M.shape[1], *rates), (P, R)
 
-# %% ../../../nbs/kernels/steps.ipynb #b435988e
+# %% ../../../nbs/kernels/steps.ipynb #9a3542ef
 def apollo(
     W:list, # weights, (n, m), changed in place
     G:list, # their gradients, (n, m)
@@ -143,8 +143,9 @@ def apollo(
     def run(rows): _call(lib, "apollo", (_Matrix*len(rows))(*(m for m,_ in rows)), len(rows), sums, channels, far, β1, 1 - β1, β2, 1 - β2, ϵ, γ)
     for w,g,draw,state,*how in zip(W, G, draws, states, tall, rates):
         _fits(w, g, P := draw(), *state)
-        if len(P) > 1 and not isinstance(P, Sketch): run([_matrix(w, g, P, state, *how, g @ P.mT)]); continue
         if scratch is None: scratch = W[0].new_empty(max(s[0].numel() for s in states))     # R of any of them
-        many.append(_matrix(w, g, P, state, *how, scratch))
+        if isinstance(P, Sketch) or len(P) == 1: many.append(_matrix(w, g, P, state, *how, scratch))
+        elif lib.multiplies(): run([_matrix(w, g, P, state, *how, scratch)])
+        else: run([_matrix(w, g, None, state, *how, g @ P.mT)])
     if many: run(many)
     return True

@@ -14,13 +14,16 @@ from torch import Tensor
 from ..kernels import steps
 from .contract import Optimizer, is_end, real
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #7b19984c
+# %% ../../../nbs/optimizers/lowrank.ipynb #e08df474
 def _words(seed, name, refresh, n):
     "n random words of 64 bits."
     key = np.frombuffer(hashlib.blake2b(f"{seed}/{refresh}/{name}".encode(), digest_size=16).digest(), "<u8")
     return np.random.Philox(key=key).random_raw(n)
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #a2108712
+_quantiles = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + .5)/2**16)
+_quantiles = (_quantiles/_quantiles.square().mean().sqrt()).float().numpy()
+
+# %% ../../../nbs/optimizers/lowrank.ipynb #29fa6043
 def gaussian(
     seed:int, # of the run
     name:str, # of the parameter
@@ -29,10 +32,8 @@ def gaussian(
     m:int, # length of the side that is projected
 )->Tensor: # P, (r, m) float32, entries N(0, 1/r)
     "A random projection that seed, name and refresh determine."
-    u = _words(seed, name, refresh, r*m//2 + 1).view(np.uint32).astype(np.float32).reshape(2, -1)
-    a, b = (u + np.float32(0.5))*np.float32(2**-32)
-    ρ = np.sqrt(np.float32(-2/r)*np.log(a))
-    return torch.from_numpy(np.concatenate([ρ*np.cos(np.float32(2*math.pi)*b), ρ*np.sin(np.float32(2*math.pi)*b)])[:r*m].reshape(r, m))
+    bits = _words(seed, name, refresh, -(-r*m//4)).view(np.uint16)[:r*m]
+    return torch.from_numpy(np.take(_quantiles/np.float32(r**.5), bits, mode="wrap").reshape(r, m))         # any mode but the default, which copies; all bits are in the table
 
 # %% ../../../nbs/optimizers/lowrank.ipynb #3b696a87
 @dataclass(frozen=True)

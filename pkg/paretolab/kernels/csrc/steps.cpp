@@ -158,6 +158,87 @@ extern "C" int32_t sketch(const float* g, int64_t n, int64_t m, int64_t tall, co
     });
 }
 
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+constexpr int32_t here = 1;
+static inline vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+constexpr int32_t here = 0;
+static inline vec fused(vec a, vec b, vec c) { return a * b + c; }
+#endif
+extern "C" int32_t multiplies() { return here; }
+constexpr int64_t tall_of = 6, wide_of = 2 * L, deep_of = 512;                 // a tile, and how much is added up in one go
+
+template <int rows> static void tile(const float* x, int64_t stride, const float* panel, int64_t deep, float* out) {
+    vec a[rows] = {}, b[rows] = {};
+    for (int64_t k = 0; k < deep; k++) {
+        const vec p = load(panel + wide_of * k), q = load(panel + wide_of * k + L);
+        for (int i = 0; i < rows; i++) { const vec v = x[i * stride + k] - vec{}; a[i] = fused(v, p, a[i]); b[i] = fused(v, q, b[i]); }
+    }
+    for (int i = 0; i < rows; i++) { store(out + wide_of * i, a[i]); store(out + wide_of * i + L, b[i]); }
+}
+template <bool turned> static void tiles(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t columns, int64_t deep, bool more, float* R, int64_t r) { // to R, or to its transpose
+    float out[tall_of * wide_of];
+    const int64_t down = turned ? 1 : r, right = turned ? r : 1;
+    for (int64_t i = 0, h; i < rows; i += h) {
+        if (rows - i >= tall_of) tile<tall_of>(x + i * stride, stride, panel, deep, out), h = tall_of; else tile<1>(x + i * stride, stride, panel, deep, out), h = 1;
+        if (columns < wide_of || more || turned) for (int64_t a = 0; a < h; a++) for (int64_t b = 0; b < columns; b++) { float& to = R[(i + a) * down + b * right]; to = out[a * wide_of + b] + (more ? to : 0); }
+        else for (int64_t a = 0; a < h; a++) memcpy(R + (i + a) * r, out + a * wide_of, 4 * wide_of);
+    }
+}
+
+static void gather_rows(const float* p, int64_t m, int64_t rows, int64_t deep, float* panel) { // of at most 2 L rows, as the columns of a panel
+    for (int64_t k = 0; k < deep; k += L) for (int64_t h = 0; h < wide_of; h += L) {
+        vec b[L] = {};
+        for (int64_t l = 0; l < L && h + l < rows; l++) if (k + L <= deep) b[l] = load(p + (h + l) * m + k); else memcpy((void*)(b + l), p + (h + l) * m + k, 4 * (deep - k));
+        transpose(b);
+        for (int64_t l = 0; l < L && k + l < deep; l++) store(panel + (k + l) * wide_of + h, b[l]);
+    }
+}
+static float squares(const float* x, int64_t n, const float* ahead) {
+    vec a{}, b{};
+    int64_t k = 0;
+    for (; k + 16 <= n; k += 16) { ask<false>(ahead + k); for (int64_t l = 0; l < 16; l += 2 * L) { vec v = load(x + k + l); a = fused(v, v, a); if (L == 8) { v = load(x + k + 8); b = fused(v, v, b); } } }
+    float s = sum(a + b);
+    for (; k < n; k++) s += x[k] * x[k];
+    return s;
+}
+static void dense_rows(const float* g, int64_t m, int64_t n, const float* p, int64_t r, float* R, float* c) {
+    const int64_t panels = (r + wide_of - 1) / wide_of;
+    std::vector<float> panel(panels * wide_of * std::min(m, deep_of));
+    for (int64_t from = 0; from < m; from += deep_of) {
+        const int64_t deep = std::min(deep_of, m - from);
+        for (int64_t q = 0; q < r; q += wide_of) gather_rows(p + q * m + from, m, std::min(wide_of, r - q), deep, panel.data() + q * deep);
+        for (int64_t j = 0; j < n; j += tall_of) {
+            const int64_t rows = std::min(tall_of, n - j);
+            const float* x = g + j * m + from;
+            for (int64_t i = 0; i < rows; i++) { const float s = squares(x + i * m, deep, x + (i + tall_of) * m); c[j + i] = from ? c[j + i] + s : s; }
+            for (int64_t q = 0; q < r; q += wide_of) tiles<false>(x, m, rows, panel.data() + q * deep, std::min(wide_of, r - q), deep, from, R + j * r + q, r);
+        }
+    }
+}
+static void dense_columns(const float* g, int64_t m, int64_t apart, int64_t n, const float* p, int64_t r, float* R, float* c) {
+    std::vector<float> panel(wide_of * std::min(m, deep_of));
+    for (int64_t from = 0; from < m; from += deep_of) for (int64_t j = 0; j < n; j += wide_of) {
+        const int64_t deep = std::min(deep_of, m - from), columns = std::min(wide_of, n - j);
+        vec s[2] = {};
+        for (int64_t k = 0; k < deep; k++) {
+            const float* x = g + (from + k) * apart + j;
+            vec v[2] = {};
+            if (columns == wide_of) { ask<false>(x + wide_of); v[0] = load(x); v[1] = load(x + L); } else memcpy((void*)v, x, 4 * columns);
+            for (int h = 0; h < 2; h++) { s[h] = fused(v[h], v[h], s[h]); store(panel.data() + wide_of * k + L * h, v[h]); }
+        }
+        for (int64_t b = 0; b < columns; b++) { const float now = s[b / L][b % L]; c[j + b] = from ? c[j + b] + now : now; }
+        tiles<true>(p + from, m, r, panel.data(), columns, deep, from, R + j * r, r);
+    }
+}
+extern "C" int32_t dense(const float* g, int64_t n, int64_t m, int64_t tall, const float* p, int64_t r, float* R, float* c, int64_t threads) {
+    if (!m) std::fill(R, R + n * r, 0.f), std::fill(c, c + n, 0.f);
+    return share(n, m, threads, [=](int64_t from, int64_t to) {
+        if (tall) dense_rows(g + from * m, m, to - from, p, r, R + from * r, c + from);
+        else dense_columns(g + from, m, n, to - from, p, r, R + from * r, c + from);
+    });
+}
+
 template <bool seen> static void direction_row(const float* g, int64_t m, const float* p, float* R, float* c) {
     vec r[4] = {}, q[4] = {};
     auto add = [&](int k, int64_t i) { vec v = load(g + i); q[k] += v * v; if (seen) r[k] += v * load(p + i); };
@@ -252,6 +333,7 @@ static bool one(const Matrix& x, float* sums, bool channels, bool far, float b1,
     const int64_t n = x.n, m = x.m;
     float *a = sums, *b = a + n, *c = b + n, *step = c + n;
     if (x.at) { if (!sketch(x.g, n, m, x.tall, x.at, x.sign, x.s, x.r, x.R, c, threads)) return false; } // nothing is changed yet
+    else if (x.p && x.r > 1) { if (!dense(x.g, n, m, x.tall, x.p, x.r, x.R, c, threads)) return false; }
     else direction(x.g, n, m, x.tall, x.p, x.p ? x.R : nullptr, c, threads); // without either, R is made already
     moments(x.R, x.M, x.V, n, x.r, b1, c1, b2, c2, eps, a, b, threads);
     scales(a, b, c, n, channels, growth, x.lr, x.norm, step);
