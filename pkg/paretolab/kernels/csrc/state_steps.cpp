@@ -508,7 +508,7 @@ template <template <bool> class Format, bool lion> static void logs(const Job& j
     const auto block = [&](int64_t at, auto size) INLINE {                        // all but a row's last have 256 numbers, which the compiler may know
         const int n = size, whole = n & -4 * WIDTH;
         float *const w = j.w + at; const float* const g = j.g + at;
-        if (!lion) for (int k = 256; k < 512; k += 16) __builtin_prefetch(w + k), __builtin_prefetch(g + k);        // the next block's; Lion is quicker without
+        for (int k = 256; k < 512; k += 16) __builtin_prefetch(w + k), __builtin_prefetch(g + k);        // the next block's
         const typename Format<true>::Decoder dm(one, m, i, lion ? 1 : beta1); const typename Format<false>::Decoder dv(two, v, i, beta2);
         Extremes<true, true> em; Extremes<false, true> ev;
         const auto update = [&](int64_t k, int l, F x, F y) INLINE {
