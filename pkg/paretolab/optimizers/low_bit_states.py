@@ -84,7 +84,7 @@ def _move(states, o, g, params, kernel, keys, **numbers):
         if θ is not w: w.copy_(θ)
         o.put(p, w)
 
-# %% ../../../nbs/optimizers/low_bit_states.ipynb #d7948d9b
+# %% ../../../nbs/optimizers/low_bit_states.ipynb #b5e77119
 class AdamW8(AdamW): "AdamW, moments in logarithms of 8 bits."; states = Small(Log())
 class AdamTree(AdamW): "AdamW, moments in a tree of 8 bits."; states = Small(Tree())
 class AdamFP8(AdamW): "AdamW, moments in expanded FP8."; states = Small(Expanded())
@@ -96,7 +96,7 @@ class Lion8(Lion):
         if few: self.states.lion(self, group, [p for _,p in few])
         if others: super().update(group, others)
 class LionTree(Lion8): "Lion, its momentum in a tree of 8 bits."; states = Small(Tree())
-class LionFP8(Lion8): "Lion, its momentum in expanded FP8."; states = Small(Expanded())
+class LionFP8(Lion8): "Lion, its momentum in expanded FP8: Lion8's codes, which have a sign."; states = Small(Expanded())
 class APOLLO8(APOLLO): "APOLLO, moments in logarithms of 8 bits."; states = Small(Log())
 class APOLLOFP8(APOLLO): "APOLLO, moments in expanded FP8."; states = Small(Expanded())
 class Mini8(Mini): "APOLLO-Mini, moments of embedding and head in logarithms of 8 bits."; states = Small(Log())
