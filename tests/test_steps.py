@@ -71,7 +71,7 @@ def threads_and_blocks_are_right(monkeypatch):
     for threads in (1, 2, 5):
         with monkeypatch.context() as at:
             at.setattr(torch, "get_num_threads", lambda: threads); m = torch.zeros_like(W); assert steps.lion([w := W.clone()], [G], [m], .01, (.9, .99), .99)
-            got.append([w, m, *(t for wide in (False, True) for r in (1, 16) for channels in (False, True) for t in of_many(W, G, wide, Sparse()("w", 0, r, 280), channels))])
+            got.append([w, m, *(t for wide in (False, True) for P in (Sparse()("w", 0, 1, 280), Sparse()("w", 0, 16, 280), Gaussian()("w", 0, 19, 280)) for channels in (False, True) for t in of_many(W, G, wide, P, channels))])
     for other in got[1:]: assert all(torch.equal(a, b) for a,b in zip(got[0], other, strict=True))
     for wide in (False, True):
         for g in (G, -2*G.flip(0)):                                            # memory of the first is there for the second
@@ -100,15 +100,28 @@ def test_sketches_of_any_shape(n, m, r, s, wide):
     R, c = steps.project(G.mT.contiguous().mT if wide else G, P)
     assert ((R - G.double() @ D.mT).abs() <= (m + 2)*u*(G.abs().double() @ D.abs().mT)).all() and ((c - G.double().square().sum(1)).abs() <= (m + 1)*u*G.double().square().sum(1)).all()
 
+def dense_is_right(n, m, r, wide):
+    P, G = Gaussian(7)("w", 1, r, m), torch.randn(n, m, generator=torch.Generator().manual_seed(n + 41*m)); D = P.double()
+    R, c = steps.project(G.mT.contiguous().mT if wide else G, P)
+    assert ((R - G.double() @ D.mT).abs() <= (m + 2)*u*(G.abs().double() @ D.abs().mT)).all() and ((c - G.double().square().sum(1)).abs() <= (m + 1)*u*G.double().square().sum(1)).all()
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(2, 40), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_dense_projections_of_any_shape(n, m, r, wide): dense_is_right(n, m, r, wide)
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_dense_projections_of_long_rows(wide): dense_is_right(50, 1100, 35, wide)             # more than is added up in one go
+
 @pytest.mark.parametrize("projection", [Sparse(3), Gaussian(3), Gaussian(3, keep=True)])
 def test_a_projection_is_part_of_the_saved_state(projection):
     P, o, _ = run(apollo.APOLLO); saved = o.state_dict(); o.projection = projection
     with pytest.raises(ValueError, match="goes on with projection"): o.load_state_dict(saved)
     o.load_state_dict(o.state_dict())
 
-MUTANTS = [("c = b1 * y + c1 * x", "c = b2 * y + c2 * x"), ("- (vec)(step & (c > 0))", "- (vec)(step & (c >= 0))"), ("b2 * y + c2 * x", "b1 * y + c1 * x"), ("to[k] += t.sign", "to[k] = t.sign"), ("squares[k] += v[k] * v[k]", "squares[k] += v[k]"),
+MUTANTS = [("c = b1 * y + c1 * x", "c = b2 * y + c2 * x"), ("| step) & (c != 0))", "| step) & (c == c))"), ("b2 * y + c2 * x", "b1 * y + c1 * x"), ("to[k] += t.sign", "to[k] = t.sign"), ("squares[k] += v[k] * v[k]", "squares[k] += v[k]"),
     ("l & d ? L + l : l + d", "l & d ? L + l : l"), ("for (; i < t.m; i++)", "for (; i < t.m - 1; i++)"), ("std::fill(R + from", "std::fill(R + from + 1"), ("p[i] * v", "p[0] * v"), ("R[j] += p[i] * g[j]", "R[j] += p[0] * g[j]"), ("c[j] += g[j] * g[j]", "c[j] += g[j]"), ("return row<far, false>(w + from * columns", "return row<far, false>(w + from"), ("c2 * (y * y)", "c2 * y"), ("(root(second) + eps)", "root(second)"),
     ("before += y * y", "before += y"), ("step + (of == 1 ? i : 0)", "step"), ("keep * x[j] - s[each ? j : 0]", "x[j] - s[each ? j : 0]"), ("keep * x[j] - s[each ? j : 0]", "keep * x[j] - s[0]"), ("keep * load(x + k)", "load(x + k)"), ("each ? load(s + k) : all(*s)", "all(*s)"), ("std::min(to, j + 2048)", "std::min(to, j + 1024)"), ("threads)) return 0;\n    return 1", "threads)) return 0; else break;\n    return 1"), ("*norm > 0 && now > most", "now > most"), ("if (limited > 0) *norm", "*norm"), ("step[j] * step[j] : 1", "step[j] : 1"), ("(channels ? 1 : one)", "1")]
+DENSE = [("fused(v, p, a[i])", "fused(v, p, b[i])"), ("x[i * stride + k] - vec{}", "x[k] - vec{}"), ("load(panel + wide_of * k + L)", "load(panel + wide_of * k)"), ("rows - i >= tall_of", "rows - i > tall_of + 9"), ("x + i * stride, stride, panel, deep, out), h = 1", "x, stride, panel, deep, out), h = 1"), ("turned ? r : 1", "1"), ("(more ? to : 0)", "0"), ("columns < wide_of || more || turned", "more || turned"), ("h + l < rows; l++", "h + l < rows - 1; l++"), ("if (k + L <= deep) b[l]", "if (k + L < deep) b[l]"), ("4 * (deep - k)", "4 * (deep - k - 1)"), ("a = fused(v, v, a)", "a = fused(v, v, b)"), ("s += x[k] * x[k]", "s += x[k]"), ("from ? c[j + i] + s : s", "s"), ("from ? c[j + b] + now : now", "now"), ("deep_of, m - from), columns", "deep_of, m), columns"), ("s[b / L][b % L]", "s[0][b % L]"), ("memcpy((void*)v, x, 4 * columns)", "memcpy((void*)v, x, 4)"), ("p + q * m + from, m, std::min", "p + q * m, m, std::min"), ("dense_columns(g + from, m, n,", "dense_columns(g, m, n,"), ("if (!m) std::fill(R, R + n * r, 0.f)", "if (!m) std::fill(R, R, 0.f)")]
 
 @pytest.mark.soak
 def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
@@ -122,13 +135,16 @@ def test_every_mutant_is_noticed(tmp_path, monkeypatch, record_property):
         M = torch.zeros(40); W = torch.ones(40); steps.lion([W], [torch.zeros(40)], [M], .1, (.9, .99), 1.); assert (W == 1).all()
         R, M, V = torch.zeros(1, 32), torch.zeros(1, 32), torch.zeros(1, 32); steps.moments(R, M, V, (.9, .999), 1e-6); assert (R == 0).all()
         threads_and_blocks_are_right(monkeypatch)
-    for i,(old,new) in enumerate(MUTANTS):
+        if lib.multiplies():
+            for n,m,r in ((50, 1100, 35), (13, 29, 7), (32, 64, 32), (3, 0, 2)): [dense_is_right(n, m, r, wide) for wide in (False, True)]
+    for i,(old,new) in enumerate(MUTANTS + DENSE):
+        if (old, new) in DENSE and not native.load("steps.cpp").multiplies(): continue
         assert old in source, old
         (tmp_path/f"m{i}.cpp").write_text(source.replace(old, new)); lib = ctypes.CDLL(str(native.build(tmp_path/f"m{i}.cpp", tmp_path, f"m{i}", (shutil.which("g++"), *native._flags))))
         try: checks(lib)
         except AssertionError: continue
         alive.append(old)
-    record_property("mutants", len(MUTANTS)); assert not alive, alive
+    record_property("mutants", len(MUTANTS + DENSE)); assert not alive, alive
 
 @pytest.mark.soak
 def test_without_threads_it_is_done_and_without_memory_it_is_said(tmp_path, monkeypatch):
