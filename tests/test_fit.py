@@ -293,6 +293,26 @@ def test_a_resume_may_use_other_parts_and_the_rates_are_the_schedule(tmp_path):
         fit(*make(), η, steps=20, run=tmp_path/name, accumulate=2)
         assert [r["lr"] for r in log(tmp_path/name)] == [3e-3*η(t) for t in range(20)]
 
+@pytest.mark.parametrize("lr", [torch.tensor(1e-3), np.float32(1e-3)], ids=["tensor", "numpy"])
+def test_a_rate_that_is_no_plain_number_is_refused_before_anything_starts(tmp_path, lr):
+    m, s, o = make(lambda m: torch.optim.AdamW(m.parameters(), lr=lr)); was = digest(m)
+    with pytest.raises(ValueError, match=r"go into the commits as JSON.* \(got .*0\.001.* among them\); make it with lr=float"): fit(m, s, o, cosine(9), steps=2, run=tmp_path/"run")
+    assert not (tmp_path/"run").exists() and digest(m) == was and s.state["step"] == 0
+
+@pytest.mark.parametrize("number", [torch.tensor, np.float32], ids=["tensor", "numpy"])
+def test_multipliers_and_weights_of_losses_may_be_any_kind_of_number(tmp_path, number):
+    class Weigh:
+        def __init__(self, kind): self.kind = kind
+        def loss_weights(self, step, tokens, domain): return dict(a=self.kind(.5), b=self.kind(1.5))
+    ends = []
+    for kind in (float, number):
+        fit((made := make())[0], *made[1:], lambda t: kind(.5), [Weigh(kind)], steps=2, run=tmp_path/kind.__name__); ends.append((digest(made[0]), log(tmp_path/kind.__name__)))
+    assert ends[0] == ends[1] and [r["lr"] for r in ends[0][1]] == [1.5e-3]*2
+
+@pytest.mark.parametrize("x", [None, "0.5", torch.ones(2), -1, math.inf, math.nan])
+def test_what_is_no_multiplier_is_refused(tmp_path, x):
+    with pytest.raises(ValueError, match=r"a schedule gives a finite multiplier of at least 0 \(got .* at step 0\)"): fit(*make(), lambda t: x, steps=2, run=tmp_path)
+
 def test_an_interrupted_step_leaves_the_rates(tmp_path):
     m, s, o = make()
     class Stop:
