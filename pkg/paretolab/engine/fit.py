@@ -58,10 +58,9 @@ def _pack(team, optimizer, stream, hooks, counts, made):
     return dict(model={k: _apart(v) for k,v in _weights(team.inner).items()}, optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
-# %% ../../../nbs/engine/fit.ipynb #24002e1f
+# %% ../../../nbs/engine/fit.ipynb #8d65e0f0
 def _refuse(x): raise ValueError(f"an optimizer's options go into the commits as JSON: plain numbers, text, lists of them (got {x!r} among them); make it with lr=float(lr), say")
 def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"], default=_refuse))
-
 def _finite(t): return bool(_local(t).isfinite().all())
 
 def _free(model):
