@@ -2,7 +2,7 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 import test_optimizers as family
-from optimizer_processes import run
+from processes import run
 from paretolab.optimizers.distributed_lion import DistributedLion, bits, decode, encode
 
 NAME = "distributed_lion.DistributedLion"

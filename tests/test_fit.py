@@ -10,14 +10,10 @@ from paretolab.engine.spikes import Spikes
 from paretolab.models.mobilellm import MobileLLM, Shape
 from paretolab.optimizers.contract import Optimizer
 from paretolab.optimizers.muon import Muon
+from small_runs import Kill, Text, kill_at, log
 
 torch.set_num_threads(1)
 STEPS, EVERY = 24, 4
-
-class Text:
-    def __init__(self, t): self.t = t
-    def __len__(self): return len(self.t)
-    def read(self, start, n): return self.t[start:start+n]
 
 rng = np.random.default_rng(0)
 TEXT = {d: Text(rng.integers(k, k + 20, 600)) for d,k in dict(a=0, b=40).items()}
@@ -47,7 +43,6 @@ def make(optimizer=adamw, seed=0, batch=4, **kw):
 
 def flat(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
 def digest(m): return hashlib.sha256(flat(m).numpy().tobytes()).hexdigest()
-def log(run): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(run/"log.jsonl")]
 
 def train(run, optimizer, *extra, steps=STEPS, **kw):
     m, s, o = make(optimizer)
@@ -65,15 +60,6 @@ def calm(request, tmp_path_factory):
 
 # Kills
 
-class Kill:
-    "Dies at a step, in one of the places a run can be in."
-    def __init__(self, where, step): self.where, self.step = where, step
-    def __getattr__(self, name):
-        if name != self.where: raise AttributeError(name)
-        def die(step, *_):
-            if step >= self.step: os.kill(os.getpid(), signal.SIGKILL)
-        return die
-
 def child(run, optimizer, extra, after=None, before=lambda: None):
     "Train in a fork of this warm process until it ends or is killed; how it ended."
     if (pid := os.fork()) == 0:
@@ -83,16 +69,6 @@ def child(run, optimizer, extra, after=None, before=lambda: None):
         time.sleep(after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def kill_in_commit(name, k):
-    "SIGKILL at the k-th call of a function of `engine.commits` (or `os`)."
-    module = os if name == "rename" else commits
-    real, left = getattr(module, name), [k]
-    def hook(*a):
-        left[0] -= 1
-        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-        return real(*a)
-    setattr(module, name, hook)
 
 def campaign(calm, folder, points, seed):
     "Kill and resume over and over, several kills to a run; every run ends like the calm one."
@@ -106,7 +82,7 @@ def campaign(calm, folder, points, seed):
             step = random.randrange(STEPS)
             how = random.choice(["time", "on_losses", "on_gradients", "on_step", "on_commit", "commit", "commit"])
             if how == "time": code = child(run, optimizer, object(), after=random.uniform(0, seconds))
-            elif how == "commit": code = child(run, optimizer, object(), before=lambda: kill_in_commit(random.choice(["_sync", "_hash", "save_file", "rename"]), random.randrange(8)))
+            elif how == "commit": code = child(run, optimizer, object(), before=lambda: kill_at(*random.choice([(commits, "_sync"), (commits, "_hash"), (commits, "save_file"), (os, "rename")]), random.randrange(8)))
             else: code = child(run, optimizer, Kill(how, step))
             kills += code == -signal.SIGKILL
         with warnings.catch_warnings():
