@@ -1,5 +1,6 @@
-"""Runs of several processes for tests/test_distributed.py, forked from one warm process, which reads names of functions and their arguments, a JSON list a line."""
-import hashlib, json, os, random, signal, sys, tempfile, time, traceback, warnings
+"""Runs of several processes, forked from one warm process, which reads names of functions and their arguments, a JSON list a line; see processes.py."""
+import hashlib, importlib, io, json, os, random, signal, sys, tempfile, time, traceback, warnings
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,15 +16,12 @@ from paretolab.engine.schedules import cosine
 from paretolab.models.mobilellm import MobileLLM, Shape
 from paretolab.optimizers import apollo, galore, lion, low_bit_states
 from paretolab.optimizers.state_codes import Log
+from small_runs import Kill, Text, kill_at, log
 
 torch.set_num_threads(1); warnings.simplefilter("ignore"); os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 STEPS, EVERY = 8, 2
 CLOCK = [0.]                                                                     # when the fault was made
 
-class Text:
-    def __init__(self, t): self.t = t
-    def __len__(self): return len(self.t)
-    def read(self, start, n): return self.t[start:start+n]
 rng = np.random.default_rng(0)
 TEXT = {d: Text(rng.integers(k, k + 20, 900)) for d,k in dict(a=0, b=40).items()}
 
@@ -78,9 +76,9 @@ def launch(world, f, timeout=60, limit=600, alone=False):
                 (tmp/f"out{rank}").write_text(json.dumps(f(rank)))
                 if world > 1 or alone: dist.barrier()
                 code = 0
-            except BaseException as e:
+            except BaseException:
                 traceback.print_exc(); sys.stderr.flush()
-                (tmp/f"out{rank}").write_text(json.dumps(dict(error=f"{type(e).__name__}: {e}", after=round(time.perf_counter() - CLOCK[0], 2))))
+                (tmp/f"out{rank}").write_text(json.dumps(dict(error=traceback.format_exc()[-4000:], after=round(time.perf_counter() - CLOCK[0], 2))))
             finally: os._exit(code)
         pids[pid] = rank
     left = 100*limit                                                             # counted in naps, so that a machine that was stopped for a while is not taken for a run that hangs
@@ -97,12 +95,20 @@ def launch(world, f, timeout=60, limit=600, alone=False):
 
 def ok(world, f, **kw):
     out, ends = launch(world, f, **kw)
-    assert ends == [0]*world, (ends, out)
+    assert ends == [0]*world, "\n".join(f"rank {i}: {end}\n{x['error'] if isinstance(x, dict) and 'error' in x else ''}" for i,(end,x) in enumerate(zip(ends, out)))
     return out
 
 def folder(): return Path(tempfile.mkdtemp())
 
 # What is asked
+
+def program(text, world, *arguments):
+    "What rank 0 prints of a program that all run."
+    def f(rank):
+        sys.argv = ["program", *arguments]; os.environ.update(WORLD_SIZE=str(world), RANK=str(rank))
+        with redirect_stdout(io.StringIO()) as said: exec(compile(text, "program", "exec"), dict(__name__="program"))
+        return said.getvalue()
+    return ok(world, f, alone=True)[0]
 
 def agree():
     "Loss, domain losses and weights at 1, 2, 3 processes, FSDP2 and DDP, whole batches and parts; and the same tokens everywhere."
@@ -159,26 +165,6 @@ def reshard(*names):
     for o,how,K,to,loaded,loss in ok(1, load(11, [("AdamW", "fsdp", 2, "fsdp")]), alone=True)[0]: found.append(dict(optimizer=o, saved=f"{how} {K}", loaded="fsdp 1 sharded", same=loaded == saved[o, how, K], loss=loss))
     return found
 
-class Kill:
-    "Dies at a step, in one of the places a run can be in."
-    def __init__(self, where, step): self.where, self.step = where, step
-    def __getattr__(self, name):
-        if name != self.where: raise AttributeError(name)
-        def die(step, *_):
-            if step >= self.step: os.kill(os.getpid(), signal.SIGKILL)
-        return die
-
-def kill_in_commit(module, name, k):
-    "SIGKILL at the k-th call from now of a function."
-    real, left = getattr(module, name), [k]
-    def hook(*a, **kw):
-        left[0] -= 1
-        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-        return real(*a, **kw)
-    setattr(module, name, hook)
-
-def log(run): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(run/"log.jsonl")]
-
 def kills(points="6", seed="0", world="2"):
     "One of the processes is killed at a random point, over and over; every run ends with the bits, and the log, of the undisturbed one."
     points, world, rnd = int(points), int(world), random.Random(int(seed))
@@ -197,7 +183,7 @@ def kills(points="6", seed="0", world="2"):
             how, step, victim, background = rnd.choice(["time", "on_losses", "on_gradients", "on_step", "on_commit", "commit", "commit"]), rnd.randrange(STEPS), rnd.randrange(world), rnd.random() < .5
             module, name = rnd.choice([(commits, "_hash"), (pieces, "_write"), (pieces, "_save"), (os, "rename"), (commits, "_sync")]); k, after = rnd.randrange(4), rnd.uniform(.3, 1)*seconds
             def f(rank):
-                if rank == victim and how == "commit": kill_in_commit(module, name, k)
+                if rank == victim and how == "commit": kill_at(module, name, k)
                 if rank == victim and how == "time": signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL)); signal.setitimer(signal.ITIMER_REAL, after)
                 class Both(Told, Kill):
                     def __init__(self): Told.__init__(self, run.name); Kill.__init__(self, how if rank == victim else "", step)
@@ -344,7 +330,11 @@ def stuck():
 
 def save(run): return len(ok(2, lambda rank: len(train(Path(run))[2])))
 
+WARM = "torch._dynamo", "torch.distributed.checkpoint.state_dict", *(f"paretolab.optimizers.{n}" for n in ("baselines", "distributed_lion", "muon", "scale", "sophia", "stochastic_rounding"))
+
 if __name__ == "__main__":
+    for name in WARM: importlib.import_module(name)
+    sys.modules["paretolab.optimizers.baselines"].SOAP([("w", torch.nn.Parameter(torch.zeros(4, 4)))])      # loads the library it calls
     tqdm.monitor_interval = 0; train(folder(), steps=1)                         # warm, and without threads, before any fork
     for line in sys.stdin:
         name, *args = json.loads(line)

@@ -3,6 +3,7 @@ import errno, hashlib, json, os, random, resource, shutil, signal, time, warning
 
 import pytest, torch
 from paretolab.engine import commits as C
+from small_runs import kill_at
 
 def tensors(step): return dict(model={f"w{i}": torch.full((500,), float(step)) for i in range(5)}, optimizer=dict(m=torch.arange(1000) + step))
 
@@ -60,12 +61,7 @@ def points():
 def test_killed_at_each_call_of_a_commit(tmp_path, module, name, k):
     C.commit(tmp_path, 1, tensors(1), dict(step=1))
     if (child := os.fork()) == 0:
-        real, left = getattr(module, name), [k]
-        def hook(*a):
-            left[0] -= 1
-            if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-            return real(*a)
-        setattr(module, name, hook)
+        kill_at(module, name, k)
         C.commit(tmp_path, 2, tensors(2), dict(step=2))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

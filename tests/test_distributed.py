@@ -1,31 +1,16 @@
 """Several processes train one model: they agree with one, resume to the bit, and survive kills, bad numbers, full disks and hostile files. The runs are in distributed_run.py."""
-import json, os, pickle, random, shutil, signal, subprocess, sys
-from pathlib import Path
+import json, pickle, random, shutil, signal
 
 import pytest, torch
 from paretolab.engine import commits, pieces
-
-HERE = Path(__file__).parent
-RUNS = HERE/"distributed_run.py"
-
-@pytest.fixture(scope="module")
-def runs():
-    "What a function of distributed_run.py gives, in a process of its own that forks."
-    with subprocess.Popen([sys.executable, str(RUNS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | dict(OMP_NUM_THREADS="1")) as p:
-        def ask(*args):
-            p.stdin.write(json.dumps(args) + "\n"); p.stdin.flush()
-            while not (line := p.stdout.readline()).startswith("{"): assert line, "the process that runs them is gone"
-            out = json.loads(line); assert "found" in out, out["error"]
-            return out["found"]
-        yield ask
-        p.stdin.close()
+from processes import ask
 
 def apart(a, b): return max(abs(x - y)/abs(y) for x,y in zip(a, b, strict=True))
 
 # Agreement
 
-def test_any_number_of_processes_makes_the_run_of_one(runs):
-    found = runs("agree")
+def test_any_number_of_processes_makes_the_run_of_one():
+    found = ask("agree")
     assert len(found) == 9
     for k,r in found.items():
         one = found["fsdp 1 1"]
@@ -41,26 +26,26 @@ def check_resharding(found, optimizers):
     assert [x for x in found if not x["same"]] == []                                    # weights and moments, bit for bit
     return {o: max(apart(x["loss"], one[o]) for x in found if x["optimizer"] == o) for o in optimizers}
 
-def test_commits_of_any_number_of_processes_load_at_any_other(runs):
-    assert max(check_resharding(runs("reshard", "AdamW"), ["AdamW"]).values()) < 1e-6
+def test_commits_of_any_number_of_processes_load_at_any_other():
+    assert max(check_resharding(ask("reshard", "AdamW"), ["AdamW"]).values()) < 1e-6
 
 @pytest.mark.soak
-def test_commits_load_at_any_other_number_with_every_kind_of_state(runs, record_property):
+def test_commits_load_at_any_other_number_with_every_kind_of_state(record_property):
     optimizers = ["AdamW", "Lion", "APOLLO", "GaLore", "AdamW8", "SGD"]
-    off = check_resharding(runs("reshard", *optimizers), optimizers)
+    off = check_resharding(ask("reshard", *optimizers), optimizers)
     record_property("apart", dict(off))
     assert off.pop("AdamW8") < 1e-5 and max(off.values()) < 1e-6                        # a code of 8 bits may fall on the other side
 
 # Kills
 
-def test_killed_at_two_processes_it_ends_with_the_same_bits(runs):
-    found = runs("kills", "2", "0")
+def test_killed_at_two_processes_it_ends_with_the_same_bits():
+    found = ask("kills", "2", "0")
     assert found["kills"] == 2 and found["lost"] == 0
 
 @pytest.mark.soak
 @pytest.mark.parametrize("world", ["2", "3"])
-def test_twenty_kills_at_several_processes(runs, record_property, world):
-    found = runs("kills", "20", "1", world)
+def test_twenty_kills_at_several_processes(record_property, world):
+    found = ask("kills", "20", "1", world)
     for k,v in found.items(): record_property(k, v)
     assert found["kills"] == 20 and found["lost"] == 0
 
@@ -74,55 +59,55 @@ def check_bad(found, wheres):
             assert same == [4] and skipped == [0]*4 + [1]*3 and finite
             assert "3 steps in a row" in found[0][f"{how} {where} row"] and "the last at step 4 " in found[0][f"{how} {where} row"]
 
-def test_a_bad_gradient_on_one_process_costs_all_exactly_one_step(runs): check_bad(runs("bad", "gradient"), ["gradient"])
+def test_a_bad_gradient_on_one_process_costs_all_exactly_one_step(): check_bad(ask("bad", "gradient"), ["gradient"])
 
 @pytest.mark.soak
-def test_a_bad_loss_on_one_process_costs_all_exactly_one_step(runs, record_property):
-    check_bad(runs("bad", "loss", "gradient"), ["loss", "gradient"]); record_property("steps", 1)
+def test_a_bad_loss_on_one_process_costs_all_exactly_one_step(record_property):
+    check_bad(ask("bad", "loss", "gradient"), ["loss", "gradient"]); record_property("steps", 1)
 
-def test_commits_in_the_background_are_those_made_at_once(runs):
-    found = runs("background")
+def test_commits_in_the_background_are_those_made_at_once():
+    found = ask("background")
     for r in found["out"]:
         assert len(set(r["digests"])) == 1 and r["steps"] == [[2, 4, 6, 8]]*2
         assert r["at"] == [[1, 3, 5, 7], [3, 5, 7, 7]]                                  # told when it is safe: before the next one, or at the end
     assert found["same"] == [True, True]                                                 # each holds its own step's numbers, not later ones
     assert [n[:13] for n in found["names"][0]] == [n[:13] for n in found["names"][1]]
 
-def test_a_disk_that_is_full_for_one_process_is_told_to_all(runs):
-    found = runs("disk")
+def test_a_disk_that_is_full_for_one_process_is_told_to_all():
+    found = ask("disk")
     for r in found: assert "the state after step 4 could not be saved (process 1: File too large)" in r["says"] and r["left"] == ["step-00000002"]
     assert found[0]["digest"] == found[1]["digest"]
 
-def test_an_error_of_any_kind_on_one_process_is_heard_by_all(runs):
-    first, second = runs("told")
+def test_an_error_of_any_kind_on_one_process_is_heard_by_all():
+    first, second = ask("told")
     assert all(after == [0, 1] for found in (first, second) for _,after in found.values())
     assert {k: v for k,(v,_) in second.items()} == dict(undecodable="UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte", empty="Empty: something", key="KeyError: 'w'")
     assert first["undecodable"][0] == "RuntimeError: process 1: UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
     assert first["empty"][0] == "RuntimeError: process 1: Empty: something" and first["key"][0].startswith("KeyError: ") and "process 1" in first["key"][0]
 
-def test_fit_leaves_no_thread_and_no_file_behind(runs):
-    for seen in runs("repeated"): assert seen[1:] == [seen[0]]*4
+def test_fit_leaves_no_thread_and_no_file_behind():
+    for seen in ask("repeated"): assert seen[1:] == [seen[0]]*4
 
 @pytest.mark.soak
-def test_dead_and_stopped_processes_end_the_others(runs, record_property):
-    found = runs("stuck")
+def test_dead_and_stopped_processes_end_the_others(record_property):
+    found = ask("stuck")
     for how,(out,ends) in found.items():
         assert ends == [1, -signal.SIGKILL], (how, ends)
         record_property(how, f"{out[0]['after']} s")
         assert ("closed by peer" in out[0]["error"] or "reset by peer" in out[0]["error"]) if how == "dies" else "Timed out waiting 5000ms" in out[0]["error"]
 
 @pytest.mark.soak
-def test_background_commits_on_the_group_of_training_do_not_work(runs, record_property):
+def test_background_commits_on_the_group_of_training_do_not_work(record_property):
     "The negative control: with one group for both the run dies."
-    ends = runs("trap"); record_property("ends", ends); assert any(ends)
+    ends = ask("trap"); record_property("ends", ends); assert any(ends)
 
 # Damage and strangers
 
 @pytest.fixture(scope="module")
-def saved(runs, tmp_path_factory):
+def saved(tmp_path_factory):
     "Two commits of two processes."
     run = tmp_path_factory.mktemp("saved")/"run"
-    runs("save", str(run))
+    ask("save", str(run))
     return run
 
 def damaged(c, kind, rng):

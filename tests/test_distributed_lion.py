@@ -2,8 +2,8 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 import test_optimizers as family
-from optimizer_processes import run
-from paretolab.optimizers.distributed_lion import bits, decode, encode
+from processes import run
+from paretolab.optimizers.distributed_lion import DistributedLion, bits, decode, encode
 
 NAME = "distributed_lion.DistributedLion"
 CHECKS = ["state_is_tensors_and_groups_are_plain", "a_state_of_other_parameters_is_refused", "maximising_is_minimising_the_negative", "order_of_parameters_does_not_matter", "names_given_by_wrappers_do_not_matter",
@@ -19,6 +19,12 @@ def test_refuses_before_anything_changes(how): family.test_gradients_that_cannot
 def test_refuses_arguments(bad, says): family.test_arguments_that_cannot_be_are_refused(NAME, bad, says)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_number_stays_in_its_tensor(value): family.test_a_bad_number_stays_in_its_tensor(NAME, value)
+
+@pytest.mark.parametrize("saved", [{}, None, dict(state={}), dict(state={}, param_groups=[]), dict(state={}, param_groups=[{}])])
+def test_what_is_no_saved_state_is_refused_before_anything_changes(saved):
+    w = torch.nn.Parameter(torch.ones(3, 4)); o = DistributedLion([("w", w)]); w.grad = torch.ones(3, 4); o.step(); m = o.state[w]["exp_avg"].clone()
+    with pytest.raises(ValueError, match="a saved state has state and 1 param_groups|a saved group has its options"): o.load_state_dict(saved)
+    assert o.alike and torch.equal(o.state[w]["exp_avg"], m)
 
 @given(st.integers(1, 300), st.sampled_from([1, 2]), st.integers(1, 4), st.integers(1, 5), st.data())
 @settings(max_examples=60, deadline=None)

@@ -10,14 +10,10 @@ from paretolab.engine.spikes import Spikes
 from paretolab.models.mobilellm import MobileLLM, Shape
 from paretolab.optimizers.contract import Optimizer
 from paretolab.optimizers.muon import Muon
+from small_runs import Kill, Text, kill_at, log
 
 torch.set_num_threads(1)
 STEPS, EVERY = 24, 4
-
-class Text:
-    def __init__(self, t): self.t = t
-    def __len__(self): return len(self.t)
-    def read(self, start, n): return self.t[start:start+n]
 
 rng = np.random.default_rng(0)
 TEXT = {d: Text(rng.integers(k, k + 20, 600)) for d,k in dict(a=0, b=40).items()}
@@ -47,7 +43,6 @@ def make(optimizer=adamw, seed=0, batch=4, **kw):
 
 def flat(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
 def digest(m): return hashlib.sha256(flat(m).numpy().tobytes()).hexdigest()
-def log(run): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(run/"log.jsonl")]
 
 def train(run, optimizer, *extra, steps=STEPS, **kw):
     m, s, o = make(optimizer)
@@ -65,15 +60,6 @@ def calm(request, tmp_path_factory):
 
 # Kills
 
-class Kill:
-    "Dies at a step, in one of the places a run can be in."
-    def __init__(self, where, step): self.where, self.step = where, step
-    def __getattr__(self, name):
-        if name != self.where: raise AttributeError(name)
-        def die(step, *_):
-            if step >= self.step: os.kill(os.getpid(), signal.SIGKILL)
-        return die
-
 def child(run, optimizer, extra, after=None, before=lambda: None):
     "Train in a fork of this warm process until it ends or is killed; how it ended."
     if (pid := os.fork()) == 0:
@@ -83,16 +69,6 @@ def child(run, optimizer, extra, after=None, before=lambda: None):
         time.sleep(after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def kill_in_commit(name, k):
-    "SIGKILL at the k-th call of a function of `engine.commits` (or `os`)."
-    module = os if name == "rename" else commits
-    real, left = getattr(module, name), [k]
-    def hook(*a):
-        left[0] -= 1
-        if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
-        return real(*a)
-    setattr(module, name, hook)
 
 def campaign(calm, folder, points, seed):
     "Kill and resume over and over, several kills to a run; every run ends like the calm one."
@@ -106,7 +82,7 @@ def campaign(calm, folder, points, seed):
             step = random.randrange(STEPS)
             how = random.choice(["time", "on_losses", "on_gradients", "on_step", "on_commit", "commit", "commit"])
             if how == "time": code = child(run, optimizer, object(), after=random.uniform(0, seconds))
-            elif how == "commit": code = child(run, optimizer, object(), before=lambda: kill_in_commit(random.choice(["_sync", "_hash", "save_file", "rename"]), random.randrange(8)))
+            elif how == "commit": code = child(run, optimizer, object(), before=lambda: kill_at(*random.choice([(commits, "_sync"), (commits, "_hash"), (commits, "save_file"), (os, "rename")]), random.randrange(8)))
             else: code = child(run, optimizer, Kill(how, step))
             kills += code == -signal.SIGKILL
         with warnings.catch_warnings():
@@ -292,6 +268,26 @@ def test_a_resume_may_use_other_parts_and_the_rates_are_the_schedule(tmp_path):
         fit(*make(), η, steps=11, run=tmp_path/name, every=5)
         fit(*make(), η, steps=20, run=tmp_path/name, accumulate=2)
         assert [r["lr"] for r in log(tmp_path/name)] == [3e-3*η(t) for t in range(20)]
+
+@pytest.mark.parametrize("lr", [torch.tensor(1e-3), np.float32(1e-3)], ids=["tensor", "numpy"])
+def test_a_rate_that_is_no_plain_number_is_refused_before_anything_starts(tmp_path, lr):
+    m, s, o = make(lambda m: torch.optim.AdamW(m.parameters(), lr=lr)); was = digest(m)
+    with pytest.raises(ValueError, match=r"go into the commits as JSON.* \(got .*0\.001.* among them\); make it with lr=float"): fit(m, s, o, cosine(9), steps=2, run=tmp_path/"run")
+    assert not (tmp_path/"run").exists() and digest(m) == was and s.state["step"] == 0
+
+@pytest.mark.parametrize("number", [torch.tensor, np.float32], ids=["tensor", "numpy"])
+def test_multipliers_and_weights_of_losses_may_be_any_kind_of_number(tmp_path, number):
+    class Weigh:
+        def __init__(self, kind): self.kind = kind
+        def loss_weights(self, step, tokens, domain): return dict(a=self.kind(.5), b=self.kind(1.5))
+    ends = []
+    for kind in (float, number):
+        fit((made := make())[0], *made[1:], lambda t: kind(.5), [Weigh(kind)], steps=2, run=tmp_path/kind.__name__); ends.append((digest(made[0]), log(tmp_path/kind.__name__)))
+    assert ends[0] == ends[1] and [r["lr"] for r in ends[0][1]] == [1.5e-3]*2
+
+@pytest.mark.parametrize("x", [None, "0.5", torch.ones(2), -1, math.inf, math.nan])
+def test_what_is_no_multiplier_is_refused(tmp_path, x):
+    with pytest.raises(ValueError, match=r"a schedule gives a finite multiplier of at least 0 \(got .* at step 0\)"): fit(*make(), lambda t: x, steps=2, run=tmp_path)
 
 def test_an_interrupted_step_leaves_the_rates(tmp_path):
     m, s, o = make()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from optimizer_processes import run
+from processes import run
 from paretolab.engine.settings import member
 from paretolab.kernels import native, state_steps, steps
 from paretolab.optimizers import low_bit_states, state_codes

@@ -23,6 +23,7 @@ from paretolab.mixers.requests import DomainGradients, Evaluate, Influence, Keep
 from paretolab.mixers.skill_it import SkillIt
 from paretolab.mixers.static import Static
 from paretolab.models.mobilellm import MobileLLM, Shape
+from small_runs import Text, log
 
 torch.set_num_threads(1)
 ONLINE = dict(doremi=DoReMi(eta=.3), doge=DoGE(eta=.2, floor=.01), dga=DGA(eta=.2, every=3, beta=.5, floor=.02), skill_it=SkillIt(every=3, steps=2, eta=.5, floor=.01),
@@ -285,11 +286,6 @@ def test_exp_grad_stays_above_its_floor_and_keeps_order(data, D):
 
 # In a run
 
-class Text:
-    def __init__(self, t): self.t = np.asarray(t)
-    def __len__(self): return len(self.t)
-    def read(self, start, n): return self.t[start:start+n]
-
 rng = np.random.default_rng(0)
 TEXT = dict(count=Text(np.arange(900) % 23), noise=Text(rng.integers(0, 23, 900)))
 WINDOWS = {d: torch.from_numpy(np.stack([t.read(i, 13) for i in (3, 400)])) for d,t in TEXT.items()}
@@ -301,7 +297,6 @@ def trained(folder, mixer, steps, hook=None):
     fit(model, stream, o, lambda t: 1., [h], steps=steps, run=folder, every=4); stream.close()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-def log(folder): return [{k: v for k,v in json.loads(l).items() if k != "seconds"} for l in open(folder/"log.jsonl")]
 SHORT = dict(ONLINE, doge=replace(ONLINE["doge"], every=3), aioli=Aioli(eta=2., every=12, steps=2, passes=2), automixer=AutoMixer(every=3, checkpoints=3, samples=5))
 
 @pytest.mark.parametrize("m", SHORT.values(), ids=SHORT)

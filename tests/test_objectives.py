@@ -11,14 +11,10 @@ from paretolab.mixers.curricula import Conditioned, Stages, replay
 from paretolab.mixers.objectives import UL2, Denoiser, Objective, denoise, meap
 from paretolab.mixers.spans import Picked
 from paretolab.models.mobilellm import MobileLLM, Shape
+from small_runs import Text
 
 torch.set_num_threads(1)
 V = 40
-
-class Text:
-    def __init__(self, t): self.t = np.asarray(t)
-    def __len__(self): return len(self.t)
-    def read(self, start, n): return self.t[start:start+n]
 
 def model(vocab=V + 3 + 4): torch.manual_seed(0); return MobileLLM(Shape(vocab=vocab, dim=16, ff=16, layers=1, heads=2, kv_heads=1, context=32))
 def stream(domains="ab", batch=6): return MixedStream({d: Text(np.random.default_rng(i).integers(0, V, 2000)) for i,d in enumerate(domains)}, {d: 1/len(domains) for d in domains}, batch, 32)

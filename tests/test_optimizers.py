@@ -504,7 +504,7 @@ def wrapped(name): test_names_given_by_wrappers_do_not_matter(name)
 MUTANTS = [  # module, its text, the mutant's, the optimizer, the check
     ("apollo", "torch.minimum(norm, self.growth*before)", "norm", "apollo.APOLLO", definition), ("apollo", "torch.where(before > 0, torch.minimum(norm, self.growth*before), norm)", "torch.minimum(norm, self.growth*before)", "apollo.APOLLO", late_start),
     ("apollo", "= torch.where(limited > 0, limited, before)", "= norm", "apollo.Mini", definition), ("lowrank", "before = R.square().sum(1)", "before = R.square().sum()[None]", "apollo.APOLLO", definition),
-    ("apollo", '1 - g["lr"]*g["weight_decay"]', '1 - η*g["weight_decay"]', "apollo.APOLLO", definition), ("apollo", '(1 - β2**t)**0.5/(1 - β1**t)', "1", "apollo.Mini", definition), ("apollo", '(t - 1)//g["gap"]', 't//g["gap"]', "apollo.APOLLO", definition),
+    ("apollo", '1 - g["lr"]*g["weight_decay"]', '1 - g["weight_decay"]', "apollo.APOLLO", definition), ("apollo", '(1 - β2**t)**0.5/(1 - β1**t)', "1", "apollo.Mini", definition), ("apollo", '(t - 1)//g["gap"]', 't//g["gap"]', "apollo.APOLLO", definition),
     ("apollo", "channels = False", "channels = True", "apollo.Mini", definition), ("apollo", "(1 if self.channels else s)", "1", "apollo.Mini", definition), ("apollo", "a/b, torch.zeros_like(b)).sqrt()", "a/b, torch.zeros_like(b))", "apollo.APOLLO", definition),
     ("lowrank", "p.shape[0] >= p.shape[1]", "p.shape[0] < p.shape[1]", "apollo.APOLLO", definition), ("lowrank", "M/(V.sqrt() + g", "M/(V + g", "galore.GaLore", definition), ("lowrank", "alpha=1 - β1", "alpha=1.0", "apollo.APOLLO", definition), ("lowrank", "value=1 - β2", "value=β2", "galore.GaLore", definition),
     ("lowrank", "and not is_end(name)", "", "apollo.APOLLO", definition), ("lowrank", "/{name}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "/{refresh}", "", "apollo.APOLLO", lambda name: test_two_names_have_two_projections()), ("lowrank", "r > min(p.shape)", "r > max(p.shape)", "apollo.APOLLO", lambda name: test_ranks_that_cannot_be_are_refused(name, 2, "rank=2")),
@@ -550,7 +550,7 @@ def mutated(module, old, new, check, name):
 def test_a_mutant_is_noticed(i):
     module, old, new, name, check = MUTANTS[i]
     with pytest.raises((Exception, pytest.fail.Exception)) as found: mutated(module, old, new, check, name)
-    assert not str(found.value).startswith(f"{module} no longer says"), found.value
+    assert not str(found.value).startswith(f"{module} no longer says") and not isinstance(found.value, NameError | SyntaxError), found.value       # it runs, and does something else
 
 @pytest.mark.soak
 def test_every_mutant_is_noticed(record_property):

@@ -15,13 +15,9 @@ from paretolab.mixers.salt import Salt, learnable
 from paretolab.mixers.select import draw, nll, score, top
 from paretolab.mixers.spans import Picked, cut, documents, load, save
 from paretolab.models.mobilellm import MobileLLM, Shape
+from small_runs import Text
 
 torch.set_num_threads(1)
-
-class Text:
-    def __init__(self, t): self.t = np.asarray(t)
-    def __len__(self): return len(self.t)
-    def read(self, start, n): assert 0 <= start <= start + n <= len(self.t); return self.t[start:start+n]
 
 def model(seed=0, vocab=30): torch.manual_seed(seed); return MobileLLM(Shape(vocab=vocab, dim=16, ff=16, layers=2, heads=2, kv_heads=1, context=16))
 def text(seed=0, n=600): return Text(np.random.default_rng(seed).integers(1, 30, n))

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from optimizer_processes import run
+from processes import run
 
 CHILD = r'''
 import json, os, sys, torch, torch.distributed as dist

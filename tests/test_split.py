@@ -89,3 +89,6 @@ def test_a_share_that_leaves_a_part_empty_is_refused(share):
 
 def test_a_domain_of_one_cluster_is_refused():
     with pytest.raises(ValueError, match="domain 'a' has 3 document.* in one cluster"): split(made(a=["same text"]*3))
+
+def test_a_document_that_is_no_text_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"domain 'b': document 1 is no text \(got None\); leave it out"): split(made(a=["a b", "c d"], b=["one", None, "two"]))

@@ -175,6 +175,16 @@ def test_close_ends_the_thread():
     s.close()
     assert not any(t.is_alive() for t in mine)
 
+def test_a_closed_stream_gives_nothing_and_keeps_its_place():
+    s, want = stream(), plain(4, {})
+    for _ in range(3): next(s)
+    s.close(); s.close(); saved = json.dumps(s.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="it was closed after step 3"): next(s)
+    assert json.dumps(s.state_dict()) == saved
+    again = stream(); again.load_state_dict(json.loads(saved))
+    assert same(next(again), want[3]); again.close()
+
 @pytest.mark.parametrize("kw, words", [(dict(batch=0), "batch=0"), (dict(length=0), "length=0"), (dict(length=60), "domain 'c' holds 60 tokens"), (dict(weights=(1., 0.)), "one weight for each")])
 def test_a_stream_that_cannot_be_is_refused(kw, words):
     with pytest.raises(ValueError, match=words): stream(**kw)

@@ -94,13 +94,20 @@ def test_damaged_files_are_refused_and_built_again(tok, calm, tmp_path, name, da
     tokens.build(TEXT, tok, tmp_path, chunk=8)
     assert files(tmp_path) == calm
 
-def test_a_flipped_bit_is_found_when_the_file_is_looked_up_again(tok, calm, tmp_path):
+def test_a_flipped_bit_is_found_when_the_file_is_opened_or_looked_up_again(tok, calm, tmp_path):
     tokens.build(TEXT, tok, tmp_path, chunk=8)
     raw = bytearray((tmp_path/"a.tokens").read_bytes())
     for bit in (0, 8*len(raw)//2 + 3, 8*len(raw) - 1):
         (tmp_path/"a.tokens").write_bytes(bytes(b ^ (1 << bit % 8)*(i == bit//8) for i,b in enumerate(raw)))
+        with pytest.raises(ValueError, match=r"a\.tokens holds other bytes than were written.*build the tokens again"): tokens.Tokens(tmp_path/"a.tokens")
         tokens.build(TEXT, tok, tmp_path, chunk=8)
         assert files(tmp_path) == calm
+
+def test_a_record_without_a_hash_is_opened_and_built_again(tok, calm, tmp_path):
+    tokens.build(TEXT, tok, tmp_path, chunk=8)
+    r = json.loads((tmp_path/"a.json").read_text()); (tmp_path/"a.json").write_text(json.dumps({k: v for k,v in r.items() if k != "sha256"}))
+    assert tokens.Tokens(tmp_path/"a.tokens").sha256 is None
+    assert tokens.build(TEXT, tok, tmp_path, chunk=8)["a"].sha256 == r["sha256"] and files(tmp_path) == calm
 
 def test_damaged_progress_starts_over(tok, calm, tmp_path):
     for n,damage in enumerate([lambda p, d: p.write_bytes(p.read_bytes()[:5]), lambda p, d: d.write_text("{"), lambda p, d: p.unlink(), lambda p, d: d.write_text("[1]")]):
@@ -154,6 +161,8 @@ def test_a_stream_goes_on_only_on_the_same_tokens(tok, tmp_path):
     assert json.dumps(other.state_dict()) == before
     first.load_state_dict(saved); first.load_state_dict({k: v for k,v in saved.items() if k != "sha256"})     # one saved before there was a hash
     first.close(); other.close()
+    (tmp_path/"two"/"a.json").write_bytes((tmp_path/"one"/"a.json").read_bytes())                              # other tokens under a copied record
+    with pytest.raises(ValueError, match="holds other bytes than were written"): tokens.Tokens(tmp_path/"two"/"a.tokens")
 
 @pytest.mark.parametrize("start, n", [(-1, 2), (0, 10**9), (5, -1), (10**9, 0)])
 def test_a_read_outside_the_file_is_refused(tok, tmp_path, start, n):
@@ -184,3 +193,6 @@ def test_a_tokenizer_with_another_first_entry_is_refused(tmp_path):
 @pytest.mark.parametrize("vocab, words", [(256, "at least 257"), (5000, "gives only")])
 def test_vocabularies_the_text_cannot_fill_are_refused(vocab, words):
     with pytest.raises(ValueError, match=words): tokens.train_tokenizer(made(a=["a few words"]), vocab)
+
+def test_a_vocabulary_of_what_is_no_text_is_refused():
+    with pytest.raises(ValueError, match=r"'a': document 1 is no text \(got None\)"): tokens.train_tokenizer(made(a=["x", None]), 300)

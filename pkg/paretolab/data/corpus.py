@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['load', 'pieces', 'from_files', 'from_hub']
 
-# %% ../../../nbs/data/corpus.ipynb #67510d32
+# %% ../../../nbs/data/corpus.ipynb #004bde5c
 import glob, json, os, re, warnings
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 # %% ../../../nbs/data/corpus.ipynb #d384c4ec
@@ -84,12 +86,29 @@ def _documents(path):
         cut = pieces(t) if t else [""]
         yield from ((where + (f"#{k}" if len(cut) > 1 else ""), p) for k,p in enumerate(cut))
 
-# %% ../../../nbs/data/corpus.ipynb #1c73bb85
+# %% ../../../nbs/data/corpus.ipynb #648d8540
 def check_name(domain):
     "Domains become file names."
     if not (isinstance(domain, str) and re.fullmatch(r"[\w-]+", domain)): raise ValueError(f"a domain's name is made of letters, digits, '_' and '-' (got {domain!r})")
 
-# %% ../../../nbs/data/corpus.ipynb #865d33c4
+def documents(domain, ds):
+    "The texts of a domain, one after the other."
+    for i,t in enumerate(ds["text"]):
+        if not isinstance(t, str): raise ValueError(f"domain {domain!r}: document {i} is no text (got {t!r}); leave it out")
+        yield t
+
+# %% ../../../nbs/data/corpus.ipynb #5a0f2d75
+def _instead(pattern):
+    "Which files a pattern without any could have meant."
+    where = Path(os.path.abspath(os.path.expanduser(pattern)))
+    folder = next(p for p in (where, *where.parents) if p.is_dir() or p != where and not glob.has_magic(str(p)))
+    if not folder.is_dir(): return f"matches no file, as there is no folder {folder}; look at its path"
+    kinds = Counter(os.path.splitext(p)[1] for p in islice(glob.iglob("**", root_dir=folder, recursive=True), 10_000) if (folder/p).is_file()).most_common(4)
+    said = ", ".join(f"{n} {f'*{k}' if k else 'without an ending'}" for k,n in kinds)
+    advice = f"{said}: write {str(folder/'**'/f'*{kinds[0][0]}')!r}" + " for the first kind"*(len(kinds) > 1) if kinds else "no file: name another"
+    return f"is a folder; it holds {advice}" if folder == where else f"matches no file; {folder} holds {advice}"
+
+# %% ../../../nbs/data/corpus.ipynb #efbe7c53
 def from_files(
     globs:dict[str,str], # domain -> glob; .jsonl and .parquet files hold documents, any other file is one of UTF-8 text; `~` and `**` work
 )->dict: # domain -> `datasets.Dataset` with columns `text` and `source`
@@ -99,9 +118,8 @@ def from_files(
     corpus = {}
     for domain,pattern in globs.items():
         check_name(domain)
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-        found = sorted({os.path.realpath(p): Path(p) for p in sorted(matches, reverse=True) if not os.path.isdir(p)}.values())      # a file with two names is read once
-        if not found: raise ValueError(f"domain {domain!r}: {pattern!r} matches no file" + (f" but a folder; for the files in it write '{pattern.rstrip('/')}/**/*.txt'" if matches else ""))
+        found = sorted({os.path.realpath(p): Path(p) for p in sorted(glob.glob(os.path.expanduser(pattern), recursive=True), reverse=True) if not os.path.isdir(p)}.values())      # a file with two names is read once
+        if not found: raise ValueError(f"domain {domain!r}: {pattern!r} {_instead(pattern)}")
         docs = [d for p in found for d in _documents(p)]
         empty = [s for s,t in docs if not t.strip()]
         if empty: warnings.warn(f"domain {domain!r}: {len(empty)} of {len(docs)} documents hold no text and are left out: {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}", stacklevel=2)

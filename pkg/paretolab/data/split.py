@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['shingles', 'clusters', 'split']
 
-# %% ../../../nbs/data/split.ipynb #406aa732
+# %% ../../../nbs/data/split.ipynb #554b6285
 import numpy as np
+from .corpus import documents
 
 # %% ../../../nbs/data/split.ipynb #cacce258
 def shingles(
@@ -69,7 +70,7 @@ def _draw(domain, cluster, size, share, rng):
         if took + each[c] <= most: held |= cluster == c; took += each[c]
     return held
 
-# %% ../../../nbs/data/split.ipynb #ecf91ba2
+# %% ../../../nbs/data/split.ipynb #4f661560
 def split(
     corpus:dict, # domain -> Dataset with a column `text`
     share:float=0.05, # share of each domain's bytes that goes to validation
@@ -79,7 +80,7 @@ def split(
     "Split every domain by near-duplicate clusters found over all domains."
     if not 0 < share < 0.5: raise ValueError(f"the validation share lies between 0 and 0.5 (got {share=})")
     domain = np.concatenate([[i]*len(ds) for i,ds in enumerate(corpus.values())])
-    texts = [t for ds in corpus.values() for t in ds["text"]]
+    texts = [t for d,ds in corpus.items() for t in documents(d, ds)]
     S, size, rng = shingles(texts), np.array([len(t.encode()) for t in texts]), np.random.default_rng(seed)
     C, valid = clusters(S, tau), np.zeros(len(texts), bool)
     for i,name in enumerate(corpus): valid[domain == i] = _draw(name, C[domain == i], size[domain == i], share, rng)

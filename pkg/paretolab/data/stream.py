@@ -62,7 +62,7 @@ def shuffled(
         i = a << h | b
         if i < N: return i
 
-# %% ../../../nbs/data/stream.ipynb #ff297925
+# %% ../../../nbs/data/stream.ipynb #5443001c
 class MixedStream:
     "Batches of windows from several domains, in asked proportions."
     def __init__(self,
@@ -83,6 +83,7 @@ class MixedStream:
 
     def __iter__(self): return self
     def __next__(self): # tokens (B, L+1) int64 and domain (B,) int64
+        if not self.thread: raise ValueError(f"a closed stream gives no batch (it was closed after step {self.state['step']}); make a new one and load this one's `state_dict()`")
         out, self.state = self.ahead.result() if self.ahead else self._batch(self.state)
         self.ahead = self.thread.submit(self._batch, self.state)
         return out
@@ -93,7 +94,8 @@ class MixedStream:
     def weights(self, p):
         self.state, self.ahead = {**self.state, "weights": simplex(p, self.domains).tolist()}, None
 
-    def close(self): self.thread.shutdown()
+    def close(self):
+        if self.thread: self.thread.shutdown(); self.thread = self.ahead = None
 
 # %% ../../../nbs/data/stream.ipynb #c669bf32
 @patch

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['train_tokenizer', 'tokenizer', 'token_bytes', 'build', 'Tokens']
 
-# %% ../../../nbs/data/tokens.ipynb #47dec06e
+# %% ../../../nbs/data/tokens.ipynb #ad95001b
 import hashlib, json, os, weakref
 from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
-from .corpus import check_name
+from .corpus import check_name, documents
 from .stages import Stage, staged
 
-# %% ../../../nbs/data/tokens.ipynb #3a910a32
+# %% ../../../nbs/data/tokens.ipynb #ecf4beca
 def train_tokenizer(
     corpus:dict, # domain -> Dataset with a column `text`: training text only
     vocab:int=4096, # entries, at least 257
@@ -24,7 +24,7 @@ def train_tokenizer(
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator((t for ds in corpus.values() for t in ds["text"]), trainers.BpeTrainer(vocab_size=vocab,
+    tok.train_from_iterator((t for d,ds in corpus.items() for t in documents(d, ds)), trainers.BpeTrainer(vocab_size=vocab,
         special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tok.encode_special_tokens = True                          # "<|endoftext|>" in a text is text
     if tok.get_vocab_size() != vocab: raise ValueError(f"the text gives only {tok.get_vocab_size()} distinct entries (asked for {vocab=}); add text or ask for fewer")
@@ -70,14 +70,15 @@ def _record(path, identity):
     except (OSError, ValueError, RecursionError): return None
     return r if isinstance(r, dict) and r.get("identity") == identity else None
 
-# %% ../../../nbs/data/tokens.ipynb #6c7ec68a
-def _hash(path):
-    "SHA-256 of a file."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+# %% ../../../nbs/data/tokens.ipynb #48510bb2
+def _hash(file):
+    "SHA-256 of a file, by its path or open."
+    with open(file, "rb", closefd=not isinstance(file, int)) as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def _opens(path):
-    try: return bool(Tokens(path))
-    except ValueError: return False
+def _found(path):
+    "A whole token file, or None."
+    try: return Tokens(path)
+    except ValueError: return None
 
 # %% ../../../nbs/data/tokens.ipynb #ad6da9da
 def _groups(domain, ds, start, chunk, size=16):
@@ -93,14 +94,13 @@ def _stages(domain, tok, dtype):
         return group[0] + len(group[1]), b"".join(np.array(e.ids + [0], dtype).tobytes() for e in group[1])
     return [Stage(encode, os.cpu_count() or 1), Stage(pack)]
 
-# %% ../../../nbs/data/tokens.ipynb #b3cd3451
+# %% ../../../nbs/data/tokens.ipynb #50ae19c6
 def _build_domain(domain, ds, tok, folder, chunk):
-    "Write or finish one domain's token file; the number of tokens."
+    "One domain's tokens, from a file that is found, finished or written."
     if not len(ds): raise ValueError(f"domain {domain!r} has no documents; leave it out or add text")
     part, done, final = (folder/f"{domain}{s}" for s in (".part", ".progress.json", ".json"))
-    if (odd := next(((i, t) for i,t in enumerate(ds["text"]) if not isinstance(t, str)), None)): raise ValueError(f"domain {domain!r}: document {odd[0]} is no text (got {odd[1]!r}); leave it out")
-    identity, dtype = _identity(ds["text"], tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
-    if (r := _record(final, identity)) and _opens(whole := folder/f"{domain}.tokens") and _hash(whole) == r.get("sha256"): return done.unlink(missing_ok=True)
+    identity, dtype = _identity(documents(domain, ds), tok), np.uint16 if tok.get_vocab_size() <= 2**16 else np.uint32
+    if (r := _record(final, identity)) and r.get("sha256") and (whole := _found(folder/f"{domain}.tokens")): done.unlink(missing_ok=True); return whole
     at = _record(done, identity)
     if not at or part.is_symlink() or not part.is_file() or not (0 <= at["documents"] <= len(ds) and 0 <= at["bytes"] <= part.stat().st_size): at = dict(documents=0, bytes=0)
     if not at["documents"]: part.unlink(missing_ok=True)        # a link that stood there is not followed
@@ -116,8 +116,9 @@ def _build_domain(domain, ds, tok, folder, chunk):
     os.replace(part, folder/f"{domain}.tokens")
     _write_json(final, dict(identity=identity, documents=len(ds), tokens=size//np.dtype(dtype).itemsize, dtype=np.dtype(dtype).name, sha256=_hash(folder/f"{domain}.tokens")))
     done.unlink()
+    return Tokens(folder/f"{domain}.tokens")
 
-# %% ../../../nbs/data/tokens.ipynb #1c40a1be
+# %% ../../../nbs/data/tokens.ipynb #821544d6
 def build(
     corpus:dict, # domain -> Dataset with a column `text`
     tok:Tokenizer, # byte-level BPE with the end of a document as entry 0
@@ -127,10 +128,9 @@ def build(
     "Token files for every domain, made now or found."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     for domain in corpus: check_name(domain)
-    for domain,ds in corpus.items(): _build_domain(domain, ds, tok, folder, chunk)
-    return {d: Tokens(folder/f"{d}.tokens") for d in corpus}
+    return {d: _build_domain(d, ds, tok, folder, chunk) for d,ds in corpus.items()}
 
-# %% ../../../nbs/data/tokens.ipynb #fe1eec47
+# %% ../../../nbs/data/tokens.ipynb #fb30a31a
 class Tokens:
     "The tokens of one domain, on disk."
     def __init__(self,
@@ -146,6 +146,7 @@ class Tokens:
         weakref.finalize(self, os.close, self.fd)
         if (size := os.fstat(self.fd).st_size) != self.n*self.dtype.itemsize:
             raise ValueError(f"{self.path} should hold {self.n} tokens in {self.n*self.dtype.itemsize} bytes (got {size}); build the tokens again")
+        if self.sha256 not in (None, found := _hash(self.fd)): raise ValueError(f"{self.path} holds other bytes than were written: its SHA-256 should be {self.sha256} (got {found}); build the tokens again")
     def __len__(self): return self.n
     def read(self,
         start:int, # first token

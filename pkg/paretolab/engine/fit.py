@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['losses', 'fit']
 
-# %% ../../../nbs/engine/fit.ipynb #deb3f2f5
+# %% ../../../nbs/engine/fit.ipynb #681bdac6
 import copy, hashlib, json, math, os, time, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 import torch
@@ -58,9 +58,9 @@ def _pack(team, optimizer, stream, hooks, counts, made):
     return dict(model={k: _apart(v) for k,v in _weights(team.inner).items()}, optimizer={**moments, "rng": rng if team.world == 1 else team.gather(rng[None])}), dict(counts=counts, build=_build(),
         stream=stream.state_dict(), optimizer=plain, made=made, groups=o["param_groups"], hooks=[h.state_dict() if hasattr(h, "state_dict") else None for h in hooks])
 
-# %% ../../../nbs/engine/fit.ipynb #928d264c
-def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
-
+# %% ../../../nbs/engine/fit.ipynb #8d65e0f0
+def _refuse(x): raise ValueError(f"an optimizer's options go into the commits as JSON: plain numbers, text, lists of them (got {x!r} among them); make it with lr=float(lr), say")
+def _made(optimizer): return json.loads(json.dumps(optimizer.state_dict()["param_groups"], default=_refuse))
 def _finite(t): return bool(_local(t).isfinite().all())
 
 def _free(model):
@@ -179,7 +179,7 @@ def _call(hooks, name, *args):
     for h in hooks:
         if hasattr(h, name): getattr(h, name)(*args)
 
-# %% ../../../nbs/engine/fit.ipynb #48b96612
+# %% ../../../nbs/engine/fit.ipynb #9243c3b3
 def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     "One step, if it is finite; its record and whether it was taken."
     (tokens, δ), p, buffers = next(stream), stream.weights, _buffers(team.inner)
@@ -197,9 +197,14 @@ def _step(step, team, stream, optimizer, hooks, accumulate, clip):
     if good := good and math.isfinite(norm): optimizer.step()
     else: _put_back(team.inner, buffers)
     optimizer.zero_grad()
-    return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights=α) if α else {})), good
+    return dict(step=step, loss=ℓ.mean().item(), per_domain=λ, norm=norm, tokens=(step + 1)*δ.numel()*stream.length, weights=p, **(dict(loss_weights={d: float(x) for d,x in α.items()}) if α else {})), good
 
-# %% ../../../nbs/engine/fit.ipynb #4dd648c4
+# %% ../../../nbs/engine/fit.ipynb #70fa4140
+def _multiplier(x, step): # of any kind of number: a tensor, NumPy's
+    with suppress(TypeError, ValueError, RuntimeError):
+        if 0 <= x < math.inf: return float(x)
+    raise ValueError(f"a schedule gives a finite multiplier of at least 0 (got {x!r} at step {step})")
+
 @contextmanager
 def _scaled(optimizer, η):
     lr = [g["lr"] for g in optimizer.param_groups]
@@ -255,7 +260,7 @@ def _begin(run, team, stream, optimizer, hooks, made, steps):
     if counts["step"] > steps: raise ValueError(f"the run in {run} has made {counts['step']} steps already (asked for {steps=}); ask for more or use another folder")
     return counts
 
-# %% ../../../nbs/engine/fit.ipynb #06dcdbce
+# %% ../../../nbs/engine/fit.ipynb #ac622f8e
 def fit(
     model:nn.Module, # tokens (B, L) -> logits (B, L, V); changed in place. With several processes: sharded by FSDP2 or wrapped in DDP
     stream, # a `MixedStream`, the same on all processes
@@ -282,8 +287,7 @@ def fit(
         bar = stack.enter_context(tqdm(total=steps, initial=counts["step"], unit="step", mininterval=1, disable=team.rank > 0 or None))
         save = stack.enter_context(_saver(run/"commits", team, hooks, background))
         for step in range(counts["step"], steps):
-            if not 0 <= (η := schedule(step)) < math.inf: raise ValueError(f"a schedule gives a finite multiplier of at least 0 (got {η} at step {step})")
-            with _scaled(optimizer, η): record, good = _step(step, team, stream, optimizer, hooks, accumulate, clip)
+            with _scaled(optimizer, η := _multiplier(schedule(step), step)): record, good = _step(step, team, stream, optimizer, hooks, accumulate, clip)
             counts = dict(step=step + 1, skipped=counts["skipped"] + (not good), row=0 if good else counts["row"] + 1)
             records.append(record := {**record, "lr": η*optimizer.param_groups[0]["lr"], "skipped": counts["skipped"], "seconds": round(time.perf_counter() - t0, 3)})
             log.write(_line(record)); log.flush(); bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)

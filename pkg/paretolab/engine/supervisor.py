@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['supervise']
 
-# %% ../../../nbs/engine/supervisor.ipynb #8dff915e
-import fcntl, os, signal, subprocess, time
-from contextlib import contextmanager
+# %% ../../../nbs/engine/supervisor.ipynb #49d76858
+import os, signal, subprocess, time
 from pathlib import Path
-from .commits import commits
+from .commits import commits, _held
 
 # %% ../../../nbs/engine/supervisor.ipynb #cdd62148
 MARK = "PARETOLAB_RUN"                                                           # in the environment of every process of a launch
@@ -36,16 +35,6 @@ def _clear(run, seconds=10):
         if time.monotonic() > until: raise RuntimeError(f"processes {left} of {run} do not end; look at what they wait for")
         time.sleep(.05)
 
-# %% ../../../nbs/engine/supervisor.ipynb #a83cec71
-@contextmanager
-def _alone(run):
-    "Hold the run: one supervisor at a time."
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run/".supervisor", "w") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ValueError(f"the run in {run} has a supervisor already; wait for it or use another folder") from None
-        yield
-
 # %% ../../../nbs/engine/supervisor.ipynb #9aee3279
 def _launch(command, run, silence):
     "Launch once; how it ended, or that its log stood still."
@@ -63,7 +52,7 @@ def _launch(command, run, silence):
         except (ProcessLookupError, PermissionError): pass                       # nobody is left in its group
         _clear(run); child.wait()
 
-# %% ../../../nbs/engine/supervisor.ipynb #296ae356
+# %% ../../../nbs/engine/supervisor.ipynb #69c67936
 def supervise(
     command:list[str], # one launch of the run, such as ["torchrun", "--standalone", "--nproc-per-node=2", "train.py"]
     run:str|Path, # folder of the run, the one its script gives to `fit`
@@ -73,7 +62,7 @@ def supervise(
     "Launch a run until it ends by itself, from its newest commit each time; leave no process behind."
     if relaunches < 0 or not silence > 0: raise ValueError(f"a run is launched once, relaunched or not, and given some time (got {relaunches=}, {silence=})")
     ends, left, run = [], relaunches, Path(run)
-    with _alone(run):
+    with _held(run/".supervisor", f"the run in {run} has a supervisor already; wait for it or use another folder"):
         _clear(run)                                                              # what a killed supervisor left
         while True:
             before = commits(run/"commits")[-1:]

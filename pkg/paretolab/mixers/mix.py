@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from ..engine.settings import Settings, member
 
-# %% ../../../nbs/mixers/mix.ipynb #1f8a0577
+# %% ../../../nbs/mixers/mix.ipynb #ebfab32f
 def proxies(
     configs:list, # of the runs: settings, tokens: domain -> path, weights: domain -> share; all alike but for the weights
 )->list: # for each, domain -> loss
@@ -24,7 +24,7 @@ def proxies(
     from paretolab.mixers.stacked import stacked
     s = Settings(**{**(given := configs[0]["settings"]), "widths": tuple(given["widths"])}); η = schedules.wsd(s.steps, min(s.warmup, s.steps - 1), s.decay)
     torch.set_num_threads(1)
-    texts = [SimpleNamespace(tokens={d: Tokens(p) for d,p in c["tokens"].items()}, weights=c["weights"]) for c in configs]
+    tokens = {d: Tokens(p) for d,p in configs[0]["tokens"].items()}; texts = [SimpleNamespace(tokens=tokens, weights=c["weights"]) for c in configs]
     models, streams, optimizers = zip(*(job._make(s, text) for text in texts))
     if len(configs) > 1: stacked(models, streams, η, steps=s.steps, optimizer=lambda named: member("optimizers", s.optimizer)(named, lr=s.lr, weight_decay=s.weight_decay))
     else:

@@ -62,7 +62,7 @@ def vote(
     out = [torch.empty_like(own) for _ in range(N)]; dist.all_gather(out, own, group=group)
     return decode(torch.stack(out), n, t).flatten()[:len(signs)], n
 
-# %% ../../../nbs/optimizers/distributed_lion.ipynb #ba1375fc
+# %% ../../../nbs/optimizers/distributed_lion.ipynb #7191010d
 class DistributedLion(Optimizer):
     "Lion by vote: each process has its own gradients and momentum, all have the same weights."
     def __init__(self,
@@ -86,11 +86,11 @@ class DistributedLion(Optimizer):
     def admit(self, rule, named, group):
         if odd := [n for n,p in named if hasattr(p, "placements")]: raise ValueError(f"workers vote on whole parameters, each with its own gradient (got the sharded {odd[0]!r}, whose gradients are summed before anyone sees them); replicate them, or take optimizers.lion")
 
-    def load_state_dict(self, state_dict):
-        "Load what this worker saved."
-        was, now = ([g.get(k) for k in ("worker", "workers")] for g in (state_dict["param_groups"][0], self.param_groups[0]))
+    def agree(self, saved):
+        "A saved state is this worker's."
+        super().agree(saved); was, now = ([g[k] for k in ("worker", "workers")] for g in (saved[0], self.param_groups[0]))
         if was != now: raise ValueError(f"each worker's momentum is its own: the saved one is of worker {was[0]} of {was[1]}, and this process is worker {now[0]} of {now[1]}; save and load a file for each worker")
-        super().load_state_dict(state_dict); self.alike = False
+    def load_state_dict(self, state_dict): super().load_state_dict(state_dict); self.alike = False
 
 # %% ../../../nbs/optimizers/distributed_lion.ipynb #f19a5da7
 @patch
