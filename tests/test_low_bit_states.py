@@ -422,6 +422,11 @@ def test_a_mutant_of_the_native_pass_is_noticed(old, new, tmp_path):
     (tmp_path/"state_steps.cpp").write_text(text.replace(old, new))
     assert noticed(lambda: native_is_right(tmp_path/"state_steps.cpp"))
 
+@pytest.mark.soak
+def test_the_native_pass_itself_is_right(tmp_path):
+    (tmp_path/"state_steps.cpp").write_text((ROOT.parent/"kernels"/"csrc"/"state_steps.cpp").read_text())
+    assert not noticed(lambda: native_is_right(tmp_path/"state_steps.cpp"))
+
 def test_other_types_never_reach_c():
     form = state_codes.Tree(); x = torch.randn(4, 64); m, v = form.encode(x, True), form.encode(x.abs(), False)
     numbers = dict(beta1=.9, fresh1=.1, beta2=.99, fresh2=.01, keep=1., step=.1, eps=1e-8)
