@@ -117,7 +117,7 @@ class _Matrix(ctypes.Structure):
 
 def _fits(W, G, P, M, V, norm):
     "Refuse a projection or a state of another matrix."
-    (n, m), r = G.shape, _rank(P, G.shape[1])
+    n, r = len(G), _rank(P, G.shape[1])
     if not isinstance(P, Sketch) and not (P.dtype == torch.float32 and P.is_cpu): raise TypeError(f"a projection is float32 and on the processor (got {P.dtype} on {P.device})")
     if W.shape != G.shape: raise ValueError(f"weights and gradient have one shape (got {tuple(W.shape)} and {tuple(G.shape)})")
     if M.shape != (n, r) or V.shape != (n, r) or norm.numel() != 1: raise ValueError(f"both moments are {(n, r)} and the norm is one number (got {tuple(M.shape)}, {tuple(V.shape)} and {tuple(norm.shape)})")
