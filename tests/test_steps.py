@@ -159,6 +159,13 @@ def test_without_threads_it_is_done_and_without_memory_it_is_said(tmp_path, monk
     assert all(torch.equal(a, b) for a,b in zip(whole, broken, strict=True))
     with pytest.raises(MemoryError, match="its matrix has not changed"): run(memory, "throw std::bad_alloc(); ")
 
+@pytest.mark.parametrize("kind", [lion.Lion, apollo.APOLLO, apollo.Mini])
+def test_a_rehearsal_takes_what_a_step_does(kind):
+    from paretolab.frontier import budget
+    from paretolab.models.shape import Shape
+    shape = Shape(vocab=133, dim=24, ff=40, layers=2, heads=3, kv_heads=1, context=8)
+    assert budget.workspace(kind, shape) <= budget._rehearse(kind, budget._shapes(shape)) < 4*shape.vocab*shape.dim
+
 def test_what_does_not_fit_never_reaches_c():
     with pytest.raises(TypeError, match="int32 rows"): steps.Sketch(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4), 2)
     with pytest.raises(ValueError, match="0 to r - 1"): steps.Sketch(torch.full((1, 4), 10**8, dtype=torch.int32), torch.ones(1, 4), 2)

@@ -9,6 +9,7 @@ __all__ = ['lion', 'project', 'moments', 'apply', 'apollo']
 import ctypes, torch
 from dataclasses import dataclass
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from . import native
 
 # %% ../../../nbs/kernels/steps.ipynb #4a15c0f3
@@ -43,6 +44,7 @@ def lion(
     keep:float, # 1 - ηλ
 )->bool: # was it done?
     "Lion's step of many tensors, in one pass over each."
+    if any(isinstance(w, FakeTensor) for w in W): return native.load("steps.cpp") is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (*W, *G, *M))
     if (lib := _library(*W, *G, *M)) is None or not all(w.shape == g.shape == m.shape and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() for w,g,m in zip(W, G, M, strict=True)): return False
     at = [(ctypes.c_void_p*len(W))(*[t.data_ptr() for t in part]) for part in (W, G, M)]
     _call(lib, "lion", len(W), *at, (ctypes.c_int64*len(W))(*[t.numel() for t in W]), _far(W), keep, lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1])
