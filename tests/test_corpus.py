@@ -103,13 +103,18 @@ def test_no_domain_and_no_file(tmp_path):
     with pytest.raises(ValueError, match="at least one domain"): corpus.from_files({})
 
 @pytest.mark.parametrize("pattern, words", [("notes", "is a folder; it holds 2 *.md, 1 *.rst: write '{}/notes/**/*.md' for the first kind"), ("notes/", "it holds 2 *.md"), ("notes/deep", "it holds 1 *.md: write '{}/notes/deep/**/*.md'"),
-    ("notes/**/*.txt", "matches no file; {}/notes holds 2 *.md, 1 *.rst: write"), ("n*/*.txt", "matches no file; {} holds 2 *.md, 1 *.rst, 1 without an ending, 1 *.csv: write '{}/**/*.md'"), ("plain/x.txt", "{}/plain holds 1 without an ending: write '{}/plain/**/*'"),
-    ("none/*.txt", "matches no file, as there is no folder {}/none; look at its path"), ("notes/a.md/x", "there is no folder {}/notes/a.md;"), ("empty/*", "matches no file; {}/empty holds no file: name another"), ("b[1]", "it holds 1 *.csv: write '{}/b[[]1]/**/*.csv'")])
+    ("notes/**/*.txt", "matches no file; {}/notes holds 2 *.md, 1 *.rst: write"), ("n*/*.txt", "matches no file; {} holds 2 *.md, 1 *.rst, 1 without an ending: write '{}/**/*.md'"), ("plain/x.txt", "{}/plain holds 1 without an ending: write '{}/plain/**/*'"),
+    ("none/*.txt", "matches no file, as there is no folder {}/none; look at its path"), ("notes/a.md/x", "there is no folder {}/notes/a.md;"), ("empty/*", "matches no file; {}/empty holds no file: name another")])
 def test_what_matches_nothing_is_told_what_there_is(tmp_path, pattern, words):
-    for n in ("notes/a.md", "notes/deep/b.md", "notes/c.rst", "notes/.hidden.txt", "plain/README", "empty", "b[1]/d.csv"): (tmp_path/n).parent.mkdir(parents=True, exist_ok=True); (tmp_path/n).write_text("text") if n != "empty" else (tmp_path/n).mkdir()
+    for n in ("notes/a.md", "notes/deep/b.md", "notes/c.rst", "notes/.hidden.txt", "plain/README", "empty"): (tmp_path/n).parent.mkdir(parents=True, exist_ok=True); (tmp_path/n).write_text("text") if n != "empty" else (tmp_path/n).mkdir()
     with pytest.raises(ValueError) as e: corpus.from_files({"a": f"{tmp_path}/{pattern}"})
     assert str(e.value).startswith(f"domain 'a': '{tmp_path}/{pattern}' ") and words.replace("{}", str(tmp_path)) in str(e.value)
     if "write '" in words: assert len(corpus.from_files({"a": words.replace("{}", str(tmp_path)).split("write '")[1].split("'")[0]})["a"]) >= 1
+
+def test_a_folder_with_brackets_is_advised_as_it_is_matched(tmp_path):
+    (tmp_path/"b[1]").mkdir(); (tmp_path/"b[1]"/"d.md").write_text("text")
+    with pytest.raises(ValueError, match="it holds 1 ") as e: corpus.from_files({"a": f"{tmp_path}/b[1]"})
+    assert corpus.from_files({"a": str(e.value).split("write '")[1].split("'")[0]})["a"]["text"] == ["text"]
 
 def test_order_home_and_kinds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
