@@ -111,6 +111,11 @@ def test_what_matches_nothing_is_told_what_there_is(tmp_path, pattern, words):
     assert str(e.value).startswith(f"domain 'a': '{tmp_path}/{pattern}' ") and words.replace("{}", str(tmp_path)) in str(e.value)
     if "write '" in words: assert len(corpus.from_files({"a": words.replace("{}", str(tmp_path)).split("write '")[1].split("'")[0]})["a"]) >= 1
 
+def test_a_folder_with_brackets_is_advised_as_it_is_matched(tmp_path):
+    (tmp_path/"b[1]").mkdir(); (tmp_path/"b[1]"/"d.md").write_text("text")
+    with pytest.raises(ValueError, match="it holds 1 ") as e: corpus.from_files({"a": f"{tmp_path}/b[1]"})
+    assert corpus.from_files({"a": str(e.value).split("write '")[1].split("'")[0]})["a"]["text"] == ["text"]
+
 def test_order_home_and_kinds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path/"x").mkdir()

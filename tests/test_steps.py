@@ -159,14 +159,22 @@ def test_without_threads_it_is_done_and_without_memory_it_is_said(tmp_path, monk
     assert all(torch.equal(a, b) for a,b in zip(whole, broken, strict=True))
     with pytest.raises(MemoryError, match="its matrix has not changed"): run(memory, "throw std::bad_alloc(); ")
 
+@pytest.mark.parametrize("kind", [lion.Lion, apollo.APOLLO, apollo.Mini])
+def test_a_rehearsal_takes_what_a_step_does(kind):
+    from paretolab.frontier import budget
+    from paretolab.models.shape import Shape
+    shape = Shape(vocab=133, dim=24, ff=40, layers=2, heads=3, kv_heads=1, context=8)
+    assert budget.workspace(kind, shape) <= budget._rehearse(kind, budget._shapes(shape)) < 4*shape.vocab*shape.dim
+
 def test_what_does_not_fit_never_reaches_c():
     with pytest.raises(TypeError, match="int32 rows"): steps.Sketch(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4), 2)
     with pytest.raises(ValueError, match="0 to r - 1"): steps.Sketch(torch.full((1, 4), 10**8, dtype=torch.int32), torch.ones(1, 4), 2)
     W, G = torch.zeros(400, 8), torch.ones(400, 8)
     assert not steps.apply(W, G, torch.ones(1), 1.) and not steps.lion([torch.zeros(1000)], [torch.ones(1)], [torch.ones(1)], .1, (.9, .99), 1.) and steps.moments(W, G[:5], G[:5], (.9, .99), 1e-6) is None
-    with pytest.raises(ValueError, match="column for each"): steps.project(G, torch.ones(1, 3))
+    for P in (torch.ones(1, 3), torch.ones(0, 8), torch.ones(8), torch.ones(1, 8, 1)):
+            with pytest.raises(ValueError, match="column for each"): steps.project(G, P)
     constants, rates, state = (.9, .99, 1e-6, 1.01), (.1, 1.), (torch.zeros(400, 2), torch.zeros(400, 2), torch.zeros(()))
-    for G2, P, S, says in ((torch.ones(4000, 8), torch.ones(2, 8), state, "same columns"), (G, torch.ones(2, 7), state, "same columns"), (G, torch.ones(2, 8), (torch.zeros(1, 2), *state[1:]), "both moments"), (G, torch.ones(3, 8), state, "both moments"), (G, torch.ones(2, 8).double(), state, "is float32")):
+    for G2, P, S, says in ((torch.ones(4000, 8), torch.ones(2, 8), state, "one shape"), (G, torch.ones(2, 7), state, "column for each"), (G, torch.ones(0, 8), state, "one row"), (G, torch.ones(2, 8, device="meta"), state, "on meta"), (G, torch.ones(2, 8), (torch.zeros(1, 2), *state[1:]), "both moments"), (G, torch.ones(3, 8), state, "both moments"), (G, torch.ones(2, 8).double(), state, "is float32")):
         with pytest.raises((ValueError, TypeError), match=says): steps.apollo([torch.zeros(9, 8), W], [torch.ones(9, 8), G2], [lambda: torch.ones(1, 8), lambda: P], [(torch.zeros(9, 1), torch.zeros(9, 1), torch.zeros(())), S], True, constants, [rates]*2)
     assert not W.any()
 

@@ -734,6 +734,7 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                          'paretolab.kernels.steps._fits': ('kernels/steps.html#_fits', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._library': ('kernels/steps.html#_library', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._matrix': ('kernels/steps.html#_matrix', 'paretolab/kernels/steps.py'),
+                                         'paretolab.kernels.steps._rank': ('kernels/steps.html#_rank', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._row': ('kernels/steps.html#_row', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps._tall': ('kernels/steps.html#_tall', 'paretolab/kernels/steps.py'),
                                          'paretolab.kernels.steps.apollo': ('kernels/steps.html#apollo', 'paretolab/kernels/steps.py'),

@@ -105,7 +105,7 @@ def _instead(pattern):
     if not folder.is_dir(): return f"matches no file, as there is no folder {folder}; look at its path"
     kinds = Counter(os.path.splitext(p)[1] for p in islice(glob.iglob("**", root_dir=folder, recursive=True), 10_000) if (folder/p).is_file()).most_common(4)
     said = ", ".join(f"{n} {f'*{k}' if k else 'without an ending'}" for k,n in kinds)
-    advice = f"{said}: write {str(folder/'**'/f'*{kinds[0][0]}')!r}" + " for the first kind"*(len(kinds) > 1) if kinds else "no file: name another"
+    advice = f"{said}: write {str(Path(glob.escape(str(folder)))/'**'/f'*{kinds[0][0]}')!r}" + " for the first kind"*(len(kinds) > 1) if kinds else "no file: name another"
     return f"is a folder; it holds {advice}" if folder == where else f"matches no file; {folder} holds {advice}"
 
 # %% ../../../nbs/data/corpus.ipynb #efbe7c53

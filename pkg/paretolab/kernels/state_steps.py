@@ -14,7 +14,7 @@ from ..optimizers import state_codes
 
 # %% ../../../nbs/kernels/state_steps.ipynb #b82f7f76
 def _adamw(form, w, g, m, v, *, beta1, fresh1, beta2, fresh2, keep, step, eps):
-    "AdamW in torch: some sixty passes."
+    "AdamW in torch: some ninety passes."
     x, y = form.decode(*m, True, beta1), form.decode(*v, False, beta2)
     x.add_(g*fresh1); y.add_(g*fresh2*g)
     w.mul_(keep).sub_((x*step).div_(y.double().sqrt().float().add_(eps)))

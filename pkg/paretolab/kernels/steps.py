@@ -9,6 +9,7 @@ __all__ = ['lion', 'project', 'moments', 'apply', 'apollo']
 import ctypes, torch
 from dataclasses import dataclass
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from . import native
 
 # %% ../../../nbs/kernels/steps.ipynb #4a15c0f3
@@ -43,6 +44,7 @@ def lion(
     keep:float, # 1 - ηλ
 )->bool: # was it done?
     "Lion's step of many tensors, in one pass over each."
+    if any(isinstance(w, FakeTensor) for w in W): return native.load("steps.cpp") is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (*W, *G, *M))
     if (lib := _library(*W, *G, *M)) is None or not all(w.shape == g.shape == m.shape and w.is_contiguous() and g.is_contiguous() and m.is_contiguous() for w,g,m in zip(W, G, M, strict=True)): return False
     at = [(ctypes.c_void_p*len(W))(*[t.data_ptr() for t in part]) for part in (W, G, M)]
     _call(lib, "lion", len(W), *at, (ctypes.c_int64*len(W))(*[t.numel() for t in W]), _far(W), keep, lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1])
@@ -64,6 +66,11 @@ class Sketch:
 
 # %% ../../../nbs/kernels/steps.ipynb #2275ad70
 def _row(P): return P.contiguous() if not isinstance(P, Sketch) else P.sign[0] if len(P.sign) == 1 else P.sign.sum(0) # of a projection of rank 1
+def _rank(P, m):
+    "Rows of a projection, or a sentence if it is none of m columns."
+    shape = (P.r, P.at.shape[1]) if isinstance(P, Sketch) else tuple(P.shape)
+    if len(shape) != 2 or not shape[0] or shape[1] != m: raise ValueError(f"a projection has at least one row, and a column for each of the gradient's {m} (got {shape})")
+    return shape[0]
 
 # %% ../../../nbs/kernels/steps.ipynb #f1ebe7ed
 def project(
@@ -72,8 +79,7 @@ def project(
 )->tuple[Tensor,Tensor]|None: # G Pᵀ (n, r) and the squares of each row of G (n,), or None if this is not a case for C++
     "Project the gradient and sum its squares."
     if (tall := _tall(G)) is None or (lib := _library(G, P.sign if isinstance(P, Sketch) else P)) is None: return None
-    n, m, r, c = *G.shape, len(P), G.new_empty(len(G))
-    if (P.at if isinstance(P, Sketch) else P).shape[1] != m: raise ValueError(f"the projection has a column for each of the gradient's {m} (got {(P.at if isinstance(P, Sketch) else P).shape[1]})")
+    n, m, r, c = *G.shape, _rank(P, G.shape[1]), G.new_empty(len(G))
     if r > 1 and not isinstance(P, Sketch):
         if lib.multiplies(): R = G.new_empty(n, r); _call(lib, "dense", G, n, m, tall, P.contiguous(), r, R, c)
         else: R = G @ P.mT; _call(lib, "direction", G, n, m, tall, None, None, c)
@@ -113,9 +119,9 @@ class _Matrix(ctypes.Structure):
 
 def _fits(W, G, P, M, V, norm):
     "Refuse a projection or a state of another matrix."
-    (n, m), (r, columns) = G.shape, (P.r, P.at.shape[1]) if isinstance(P, Sketch) else P.shape
-    if not isinstance(P, Sketch) and P.dtype != torch.float32: raise TypeError(f"a projection is float32 (got {P.dtype})")
-    if W.shape != G.shape or columns != m: raise ValueError(f"weights, gradient and projection have the same columns (got {tuple(W.shape)}, {tuple(G.shape)} and {columns})")
+    n, r = len(G), _rank(P, G.shape[1])
+    if not isinstance(P, Sketch) and not (P.dtype == torch.float32 and P.is_cpu): raise TypeError(f"a projection is float32 and on the processor (got {P.dtype} on {P.device})")
+    if W.shape != G.shape: raise ValueError(f"weights and gradient have one shape (got {tuple(W.shape)} and {tuple(G.shape)})")
     if M.shape != (n, r) or V.shape != (n, r) or norm.numel() != 1: raise ValueError(f"both moments are {(n, r)} and the norm is one number (got {tuple(M.shape)}, {tuple(V.shape)} and {tuple(norm.shape)})")
 
 def _matrix(W, G, P, state, tall, rates, R):

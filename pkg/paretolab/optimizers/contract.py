@@ -47,7 +47,7 @@ class Whole:
     def small(self, shape): return False                                      # is a moment of this shape kept in fewer bits?
     def parts(self, key, shape): return {key: (tuple(shape), torch.float32)}  # the tensors of a slot, for parameters of 32 or 16 bits
     def admit(self, name, p, slots): pass                                     # refuse what cannot be kept
-    def sound(self, key, value): return True                                  # can a step have left this behind?
+    def sound(self, key, held): return True                                   # can a step have left this behind? `held`: this parameter's state, as far as `key`
     def begin(self, state, key, zeros): state[key] = zeros                    # the first time: zeros, shaped and sharded like the moment
     def read(self, state, key): return local(state[key])                      # to work on
     def write(self, state, key, value):                                       # put back, if it is not the slot itself
@@ -233,7 +233,7 @@ class Optimizer(_Ledger, _Work, torch.optim.Optimizer):
             for k,(s,t) in need.items():
                 v, types = held.get(k), {t, working(p)} if t == torch.float32 else {t}
                 if not isinstance(v, Tensor) or v.shape != s or v.dtype not in types: raise ValueError(f"the saved {k} of {n!r} is {'missing' if v is None else f'{tuple(v.shape)}, {v.dtype}' if isinstance(v, Tensor) else repr(v)} where {s}, {t} is needed; make the optimizer as the one that was saved")
-                if not self.states.sound(k, local(v)): raise ValueError(f"the saved {k} of {n!r} holds what no step leaves behind; go back to an earlier file")
+                if not self.states.sound(k, held): raise ValueError(f"the saved {k} of {n!r} holds what no step leaves behind; go back to an earlier file")
             if need and not (float(held["step"]) >= 0 and float(held["step"]).is_integer()): raise ValueError(f"the saved step of {n!r} is a whole number of at least 0 (got {float(held['step'])}); go back to an earlier file")
             if need and (more := sorted(held.keys() - need.keys())): raise ValueError(f"the saved state of {n!r} has {', '.join(more)}, where only {', '.join(need)} are needed; make the optimizer as the one that was saved")
 

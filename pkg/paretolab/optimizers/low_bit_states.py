@@ -8,6 +8,7 @@ __all__ = ['Small', 'AdamW8', 'AdamTree', 'AdamFP8', 'Lion8', 'LionTree', 'LionF
 
 # %% ../../../nbs/optimizers/low_bit_states.ipynb #ae41a59a
 import math, torch
+from torch.nn.functional import pad
 from ..kernels import state_steps
 from .adamw import AdamW
 from .apollo import APOLLO, Mini
@@ -35,10 +36,13 @@ class Small(Whole):
         if p.dtype == torch.float64: raise ValueError(f"moments of 8 bits are for parameters of 32 or 16 bits (got {name!r}, {p.dtype})")
         if hasattr(p, "placements") and tuple(p.shape) in slots.values() and any(getattr(s, "dim", 0) for s in p.placements):
             raise ValueError(f"blocks lie within rows, so a parameter with moments of 8 bits is sharded along its first dimension (got {name!r}, {p.placements})")
-    def sound(self, key, value):
-        if key.endswith(("_step", "_power")): return not ((value < 1) | (value > 32)).any()
+    def sound(self, key, held):
+        value, slot = local(held[key]), key.rpartition("_")[0]
+        if key.endswith(("_step", "_power")): return not ((value < 1) | (value > 32) | (value > 1) & (value.int() > local(held[slot + "_scale"]).view(torch.int32) >> 24)).any()     # every level is a float above 0
         if self.form.kind and value.dtype == torch.uint8: return not ((value & 127 if key == "exp_avg" else value) > self.form.most[key == "exp_avg"]).any()
-        return not (key.endswith("_scale") and ((value < 0) | value.isinf()).any())          # NaN is the scale of a block that has met one
+        if not key.endswith("_scale"): return True
+        codes = local(held[slot]).flatten(1); most = pad(codes, (0, -codes.shape[1] % self.form.block)).unflatten(1, (-1, self.form.block)).amax(-1)
+        return not ((value < 0) | value.isinf() | (value < 2**-126) & (most > 0)).any()          # NaN is the scale of a block that has met one
     def begin(self, state, key, zeros):
         if not self.small(zeros.shape): return super().begin(state, key, zeros)
         for k,(shape,t) in self.parts(key, zeros.shape).items(): state[k] = _zeros(zeros, shape, t)
