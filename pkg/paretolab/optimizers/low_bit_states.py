@@ -38,7 +38,7 @@ class Small(Whole):
             raise ValueError(f"blocks lie within rows, so a parameter with moments of 8 bits is sharded along its first dimension (got {name!r}, {p.placements})")
     def sound(self, key, held):
         value, slot = local(held[key]), key.rpartition("_")[0]
-        if key.endswith(("_step", "_power")): return not ((value < 1) | (value > 32) | (value > 1) & (value.int() > local(held[slot + "_scale"]).view(torch.int32) >> 24)).any()     # every level is a float above 0
+        if key.endswith(("_step", "_spacing")): return not ((value < 1) | (value > 32) | (value > 1) & (value.int() > local(held[slot + "_scale"]).view(torch.int32) >> 24)).any()     # every level is a float above 0
         if self.form.kind and value.dtype == torch.uint8: return not ((value & 127 if key == "exp_avg" else value) > self.form.most[key == "exp_avg"]).any()
         if not key.endswith("_scale"): return True
         codes = local(held[slot]).flatten(1); most = pad(codes, (0, -codes.shape[1] % self.form.block)).unflatten(1, (-1, self.form.block)).amax(-1)

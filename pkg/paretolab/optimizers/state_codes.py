@@ -57,7 +57,7 @@ class Tree:
     borders = {s: _borders(q, s) for s,q in Q.items()}                       # of the decades
     def encode(self,
         x:Tensor, # numbers, (R, C) float32
-        signed:bool, # may they be below 0?
+        signed:bool, # may they be below 0? if not, none is
     )->tuple[Tensor,Tensor]: # codes (R, C), scales (R, ⌈C/256⌉)
         "Each number to the nearest level of its block."
         v = _blocks(x, self.block)
@@ -86,10 +86,10 @@ class Tree:
 class Expanded:
     "Blocks of 256, each number at an even step of its logarithm, which is a power of it in FP8."
     block, kind, most = 256, 1, {True: 126, False: 126}                      # the largest code, with and without a sign
-    parts = {"": torch.uint8, "_scale": torch.float32, "_power": torch.uint8}    # of the power k, p = 16/k
+    parts = {"": torch.uint8, "_scale": torch.float32, "_spacing": torch.uint8}
     def encode(self,
         x:Tensor, # numbers, (R, C) float32
-        signed:bool, # may they be below 0?
+        signed:bool, # may they be below 0? if not, none is
     )->tuple[Tensor,Tensor,Tensor]: # codes (R, C), scales and steps (R, ⌈C/256⌉)
         "Each number to the nearest step."
         v, N = _blocks(x, self.block).contiguous(), self.most[signed]

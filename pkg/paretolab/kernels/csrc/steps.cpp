@@ -197,7 +197,7 @@ static void gather_rows(const float* p, int64_t m, int64_t rows, int64_t deep, f
 static float squares(const float* x, int64_t n, const float* ahead) {
     vec a{}, b{};
     int64_t k = 0;
-    for (; k + 16 <= n; k += 16) { ask<false>(ahead + k); for (int64_t l = 0; l < 16; l += 2 * L) { vec v = load(x + k + l); a = fused(v, v, a); if (L == 8) { v = load(x + k + 8); b = fused(v, v, b); } } }
+    for (; k + 16 <= n; k += 16) { ask<false>(ahead + k); vec v = load(x + k); a = fused(v, v, a); if (L == 8) { v = load(x + k + 8); b = fused(v, v, b); } }
     float s = sum(a + b);
     for (; k < n; k++) s += x[k] * x[k];
     return s;
