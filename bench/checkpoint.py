@@ -14,7 +14,7 @@ with tempfile.TemporaryDirectory() as out:
     text = prepare(s)
     lines = reference_lines(text.train, text.valid, text.tokens, text.windows, text.nbytes)
     model = bits_per_byte(load(shipped()), text.windows, text.nbytes)
-result = dict(settings=[asdict(preset(leg)) for leg in ("tiny", "tiny-on")], sha256=hashlib.sha256((shipped()/"model.safetensors").read_bytes()).hexdigest(),
+result = dict(settings=[asdict(preset(leg)) for leg in ("tiny", "tiny-on", "tiny-on-2")], sha256=hashlib.sha256((shipped()/"model.safetensors").read_bytes()).hexdigest(),
     windows={d: len(w) for d,w in text.windows.items()}, length=s.length, training_tokens=sum(map(len, text.tokens.values())), bits_per_byte={"shipped checkpoint": model, **lines})
 (Path(__file__).parent/"results"/"checkpoint.json").write_text(json.dumps(result, indent=1) + "\n")
 for name,bpb in result["bits_per_byte"].items(): print(f"{macro(bpb):.3f}  {name}  " + " ".join(f"{d} {v:.2f}" for d,v in bpb.items()))

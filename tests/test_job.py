@@ -185,9 +185,10 @@ def test_too_little_text_is_refused(tmp_path, capsys):
 
 def test_the_shipped_recipe_is_the_one_recorded():
     from paretolab.models import hf
-    first, on, record = preset("tiny"), preset("tiny-on"), json.loads((hf.shipped()/"training.json").read_text())
-    assert on.start == f"{first.out}/model" and (record["shape"], record["optimizer"], record["seed"]) == (on.shape, on.optimizer, on.seed)
-    assert record["tokens"] == sum(s.steps*s.batch*s.length for s in (first, on))
+    legs, record = [preset(n) for n in ("tiny", "tiny-on", "tiny-on-2")], json.loads((hf.shipped()/"training.json").read_text())
+    assert [s.start for s in legs] == ["", *(f"{s.out}/model" for s in legs[:-1])] and [(s.steps, s.seed) for s in legs] == [(1700, 0), (1600, 1), (2400, 2)]
+    assert (record["shape"], record["optimizer"], record["seed"]) == (legs[-1].shape, legs[-1].optimizer, legs[-1].seed)
+    assert record["tokens"] == sum(s.steps*s.batch*s.length for s in legs)
 
 
 def test_domains_need_a_name_and_a_glob():

@@ -34,13 +34,14 @@ def domains(
         out[name] = glob
     return out
 
-# %% ../../../nbs/frontier/command.ipynb #17ad34c7
+# %% ../../../nbs/frontier/command.ipynb #02495481
 def preset(
-    name:str, # "tiny", from new weights; "tiny-on", from the model that "tiny" leaves
+    name:str, # "tiny", from new weights; "tiny-on", from the model that "tiny" leaves; "tiny-on-2", from the one that "tiny-on" leaves
 )->Settings: # a complete recipe
     "The settings of a recipe that is part of the package."
     tiny = replace(Settings(), shape="tiny", steps=1700, batch=8, warmup=100, threads=1, out="runs/tiny")
-    presets = {"tiny": tiny, "tiny-on": replace(tiny, start="runs/tiny/model", steps=1600, decay=0.5, seed=1, out="runs/tiny-on")}
+    on = replace(tiny, start=f"{tiny.out}/model", steps=1600, decay=0.5, seed=1, out="runs/tiny-on")
+    presets = {"tiny": tiny, "tiny-on": on, "tiny-on-2": replace(on, start=f"{on.out}/model", steps=2400, seed=2, out="runs/tiny-on-2")}
     if name not in presets: raise ValueError(f"presets are {', '.join(presets)} (got {name!r})")
     return presets[name]
 
@@ -48,7 +49,7 @@ def preset(
 UNUSED = {"temperature", "seconds", "mixer", *(f.name for f in fields(Settings) if f.metadata["section"] == "frontier" and f.name != "out")}     # by small runs
 MIX = dict(steps="training steps of a small run; 0: 50", mixture="file of weights to start from; empty: the text's proportions", out="folder of the results; the mixture is mix/mixture.json in it")
 
-# %% ../../../nbs/frontier/command.ipynb #71c86d14
+# %% ../../../nbs/frontier/command.ipynb #32fbf2bb
 def _parser():
     top = argparse.ArgumentParser(prog="paretolab", allow_abbrev=False, description="The best small language model for a budget, and what each choice costs.")
     top.add_argument("--version", action="version", version=__version__)
@@ -58,7 +59,7 @@ def _parser():
         sub.add_argument("--data", action="extend", nargs="+", default=[], metavar="NAME=GLOB", help="your text as a domain, in quotes, instead of the package's; may be given several times; .jsonl and .parquet hold documents under 'text', any other file is one")
         sub.add_argument("--settings", metavar="PATH", help="an .ini file with the sections corpus, model, train, frontier")
         if name == "frontier": sub.add_argument("--full", action="store_true", help="more points: other groups, a 4-bit embedding")
-        elif name == "train": sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny, tiny-on")
+        elif name == "train": sub.add_argument("--preset", metavar="NAME", help="a recipe of the package: tiny, tiny-on, tiny-on-2")
         else:
             sub.add_argument("--method", metavar="module.attribute", default="regmix.RegMix", help="a method of paretolab.mixers: one that wants a table of small runs gets it, one that measures inside a run gets one (regmix.RegMix)")
             sub.add_argument("--target", action="append", default=[], metavar="NAME", help="a domain whose loss counts; may be given several times (all)")
