@@ -36,7 +36,7 @@ docs: $(READY) ## the website, in _docs/
 	$(BIN)/python docs/build.py
 
 $(VENV)/.handoffs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[lm_eval,executorch]' || echo "not all tools that models are handed to could be installed: their tests are skipped"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX) -e '.[lm-eval,executorch]' || echo "not all tools that models are handed to could be installed: their tests are skipped"
 	@touch $@
 
 $(VENV)/.bench: $(READY)

@@ -112,6 +112,12 @@ def test_settings_hold_no_other_key_of_nbdev():
     ini.read(ROOT/"settings.ini")
     assert set(ini.defaults()) == {"lib_name", "version", "lib_path", "nbs_path", "doc_path"}
 
+def test_names_of_extras_are_found_by_every_pip():
+    "One of Python 3.11 looks for a name as it is written among names with hyphens, warns, and goes on without."
+    extras = set(tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]["optional-dependencies"])
+    asked = {e for f in (ROOT/"Makefile", ROOT/"README.md", *sorted((ROOT/"nbs").rglob("*.ipynb"))) for x in re.findall(r"(?:paretolab|'\.)\[([a-z0-9_,-]+)\]'", f.read_text()) for e in x.split(",")}
+    assert asked <= extras and len(asked) > 8 and not [e for e in extras if e != re.sub(r"[-_.]+", "-", e).lower()]
+
 def test_constraints_name_a_version_of_everything_asked_for():
     from packaging.requirements import Requirement
     project = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]
