@@ -131,7 +131,7 @@ def _matrix(W, G, P, state, tall, rates, R):
     elif P is not None: P = _row(P) if len(P) == 1 else P.contiguous(); p = P.data_ptr()
     return _Matrix(W.data_ptr(), G.data_ptr(), at, sign, p, R.data_ptr(), M.data_ptr(), V.data_ptr(), norm.data_ptr(), *G.shape, tall, s, M.shape[1], *rates), (P, R)
 
-# %% ../../../nbs/kernels/steps.ipynb #9a3542ef
+# %% ../../../nbs/kernels/steps.ipynb #27e957cd
 def apollo(
     W:list, # weights, (n, m), changed in place
     G:list, # their gradients, (n, m)
@@ -149,9 +149,9 @@ def apollo(
     def run(rows): _call(lib, "apollo", (_Matrix*len(rows))(*(m for m,_ in rows)), len(rows), sums, channels, far, β1, 1 - β1, β2, 1 - β2, ϵ, γ)
     for w,g,draw,state,*how in zip(W, G, draws, states, tall, rates):
         _fits(w, g, P := draw(), *state)
+        if (alone := not isinstance(P, Sketch) and len(P) > 1) and not lib.multiplies(): run([_matrix(w, g, None, state, *how, g @ P.mT)]); continue
         if scratch is None: scratch = W[0].new_empty(max(s[0].numel() for s in states))     # R of any of them
-        if isinstance(P, Sketch) or len(P) == 1: many.append(_matrix(w, g, P, state, *how, scratch))
-        elif lib.multiplies(): run([_matrix(w, g, P, state, *how, scratch)])
-        else: run([_matrix(w, g, None, state, *how, g @ P.mT)])
+        row = _matrix(w, g, P, state, *how, scratch)
+        run([row]) if alone else many.append(row)
     if many: run(many)
     return True
