@@ -1433,8 +1433,6 @@ d = { 'settings': {'branch': 'main/pkg', 'doc_baseurl': '/', 'doc_host': '', 'gi
                                                                                        'paretolab/optimizers/lowrank.py'),
                                               'paretolab.optimizers.lowrank.Sparse.__call__': ( 'optimizers/lowrank.html#sparse.__call__',
                                                                                                 'paretolab/optimizers/lowrank.py'),
-                                              'paretolab.optimizers.lowrank._quantiles': ( 'optimizers/lowrank.html#_quantiles',
-                                                                                           'paretolab/optimizers/lowrank.py'),
                                               'paretolab.optimizers.lowrank._words': ( 'optimizers/lowrank.html#_words',
                                                                                        'paretolab/optimizers/lowrank.py'),
                                               'paretolab.optimizers.lowrank.gaussian': ( 'optimizers/lowrank.html#gaussian',

@@ -5,29 +5,25 @@
 # %% auto #0
 __all__ = ['Gaussian', 'Sparse', 'rank_of', 'Layout', 'LowRank']
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #54a4ddf8
+# %% ../../../nbs/optimizers/lowrank.ipynb #e3b909f9
 import hashlib, math
 from dataclasses import dataclass
-from functools import cache
 import numpy as np, torch
 import torch.distributed as dist
 from torch import Tensor
 from ..kernels import steps
 from .contract import Optimizer, is_end, real
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #84314acd
+# %% ../../../nbs/optimizers/lowrank.ipynb #e08df474
 def _words(seed, name, refresh, n):
     "n random words of 64 bits."
     key = np.frombuffer(hashlib.blake2b(f"{seed}/{refresh}/{name}".encode(), digest_size=16).digest(), "<u8")
     return np.random.Philox(key=key).random_raw(n)
 
-@cache
-def _quantiles():
-    "Of the normal distribution, at the middles of 65536 equal parts; scaled to a variance of 1."
-    z = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + .5)/2**16)
-    return (z/z.square().mean().sqrt()).float().numpy()
+_quantiles = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + .5)/2**16)
+_quantiles = (_quantiles/_quantiles.square().mean().sqrt()).float().numpy()
 
-# %% ../../../nbs/optimizers/lowrank.ipynb #a79d34cf
+# %% ../../../nbs/optimizers/lowrank.ipynb #29fa6043
 def gaussian(
     seed:int, # of the run
     name:str, # of the parameter
@@ -37,7 +33,7 @@ def gaussian(
 )->Tensor: # P, (r, m) float32, entries N(0, 1/r)
     "A random projection that seed, name and refresh determine."
     bits = _words(seed, name, refresh, -(-r*m//4)).view(np.uint16)[:r*m]
-    return torch.from_numpy(np.take(_quantiles()/np.float32(r**.5), bits, mode="wrap").reshape(r, m))         # any mode but the default, which copies; all bits are in the table
+    return torch.from_numpy(np.take(_quantiles/np.float32(r**.5), bits, mode="wrap").reshape(r, m))         # any mode but the default, which copies; all bits are in the table
 
 # %% ../../../nbs/optimizers/lowrank.ipynb #3b696a87
 @dataclass(frozen=True)
